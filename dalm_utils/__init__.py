@@ -1,0 +1,37 @@
+"""Adapt autoregressive language models into masked-diffusion language models (after arXiv 2410.17891)."""
+
+from .annealing import anneal_ratio, annealed_mask
+from .backbone import as_diffusion, check_attention, load_base, load_diffusion, save_diffusion
+from .config import RunConfig, load_config
+from .corpus import load_corpus
+from .evaluation import Estimate, ar_nll, nelbo, paired_difference, text_quality
+from .objective import DiffusionLoss, corrupt, diffusion_loss, sample_times
+from .sampling import Samples, generate
+from .training import build, train, train_arms
+
+__all__ = [
+    "DiffusionLoss",
+    "Estimate",
+    "RunConfig",
+    "Samples",
+    "anneal_ratio",
+    "annealed_mask",
+    "ar_nll",
+    "as_diffusion",
+    "build",
+    "check_attention",
+    "corrupt",
+    "diffusion_loss",
+    "generate",
+    "load_base",
+    "load_config",
+    "load_corpus",
+    "load_diffusion",
+    "nelbo",
+    "paired_difference",
+    "sample_times",
+    "save_diffusion",
+    "text_quality",
+    "train",
+    "train_arms",
+]

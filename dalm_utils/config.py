@@ -1,0 +1,232 @@
+"""One dataclass holds every knob of a run; a profile is a dictionary of changes to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[1]  # relative paths in a config start here
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Every setting of one training run. Immutable: use `replace` to make a changed copy."""
+
+    # what and where
+    name: str = "run"  # the run's folder is <runs>/<name>
+    runs: str = "checkpoints/runs"  # where runs are kept, from the project's root
+    base: str = "tiny-gpt2"  # a folder in checkpoints/base, any local folder, or a hub id
+    hub: str = "auto"  # auto, huggingface, modelscope or local
+    text: str = "docstrings"  # docstrings, a .jsonl file, or a folder of text files
+    field: str = "text"  # the field of a JSON line that holds the document
+    train_blocks: int | None = None  # use only this many blocks of text (None: all)
+
+    # the objective
+    objective: str = "diffusion"  # diffusion, or ar: the plain next-token loss, for making bases
+    scratch: bool = False  # forget the base's weights and start from random ones
+    shift: bool = True  # the logits at i-1 predict token i, as in the AR model
+    anneal_steps: int = 10_000  # steps over which the causal mask opens
+    normalize: str = "maskable"  # divide by maskable tokens (the NELBO) or masked ones (the paper's code)
+    times: str = "stratified"  # how t is drawn: stratified over the global batch, or uniform
+    eps: float = 1e-3  # the smallest t
+
+    # the optimizer
+    length: int = 512  # tokens in a block, begin token included
+    batch: int = 8  # blocks in one forward pass of one process
+    accumulate: int = 1  # forward passes to one optimizer step
+    epochs: float = 1.0  # passes over the training blocks...
+    steps: int | None = None  # ...unless the number of optimizer steps is given
+    learning_rate: float = 5e-5  # the peak, after the warm-up
+    warmup_steps: int = 0  # linear from zero
+    final_lr: float = 0.1  # the cosine ends at this share of the peak
+    weight_decay: float = 0.01  # on matrices only
+    beta2: float = 0.98  # AdamW's second momentum
+    clip: float = 1.0  # largest gradient norm
+    dropout: float = 0.0  # masking already is noise, and dropout costs a third of a CPU step
+    seed: int = 0  # of times, corruption, annealing masks, data order, dropout
+
+    # the machine
+    device: str = "auto"  # auto, cpu or cuda
+    precision: str = "auto"  # auto: what the processor really has; or fp32, bf16, fp16
+    compile: bool = False  # torch.compile each transformer block; pays on long runs
+    gradient_checkpointing: bool = False  # less memory, a third more time
+
+    # the records
+    log_every: int = 10  # optimizer steps in one line of history; its loss is their mean
+    eval_every: int = 500  # steps between two held-out NELBOs
+    eval_blocks: int = 64  # held-out blocks for each
+    eval_samples: int = 4  # masks drawn per block
+    sample_every: int = 0  # steps between two generated samples (0: none)
+    save_every: int = 500  # steps between two checkpoints
+    keep: int = 2  # newest checkpoints kept, beside the best
+
+    def __post_init__(self):
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            _check_type(field.name, getattr(self, field.name), hints[field.name])
+        for name in (
+            "length",
+            "batch",
+            "accumulate",
+            "epochs",
+            "learning_rate",
+            "anneal_steps",
+            "clip",
+            "log_every",
+            "eval_every",
+            "eval_blocks",
+            "eval_samples",
+            "save_every",
+            "keep",
+        ):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("steps", "train_blocks"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, or None, got {getattr(self, name)}")
+        for name in ("warmup_steps", "weight_decay", "sample_every", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("final_lr", "dropout", "beta2", "eps"):
+            if not 0 <= getattr(self, name) < 1 and not (name == "final_lr" and self.final_lr == 1):
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.eps == 0:
+            raise ValueError("eps must be above 0: the loss divides by t, and t is drawn from [eps, 1]")
+        if self.length < 2:
+            raise ValueError(f"length must be at least 2 (a begin token and one more), got {self.length}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+
+    def replace(self, **changes) -> RunConfig:
+        """A copy with some fields changed. Raises ValueError for a field that does not exist."""
+        check_names(changes)
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def folder(self) -> Path:
+        """The folder where this run keeps its checkpoints and history."""
+        return PROJECT / self.runs / self.name
+
+
+CHOICES = {
+    "hub": ("auto", "huggingface", "modelscope", "local"),
+    "objective": ("diffusion", "ar"),
+    "normalize": ("maskable", "masked"),
+    "times": ("stratified", "uniform"),
+    "device": ("auto", "cpu", "cuda"),
+    "precision": ("auto", "fp32", "bf16", "fp16"),
+}
+
+# Fields on which a continued run may differ from the run it continues: they do not change what is learned.
+FREE_FIELDS = {"runs", "device", "keep", "save_every", "compile", "gradient_checkpointing", "sample_every"}
+
+PROFILES: dict[str, dict[str, dict]] = {
+    "gpt2": {
+        "laptop": dict(
+            name="gpt2-laptop",
+            base="tiny-gpt2",
+            text="docstrings",
+            length=256,
+            batch=16,
+            steps=240,
+            learning_rate=1e-3,
+            warmup_steps=20,
+            anneal_steps=80,
+            eval_every=60,
+            eval_blocks=48,
+            sample_every=60,
+            save_every=120,
+        ),
+        "full": dict(
+            name="gpt2-full",
+            base="gpt2",
+            text="data/arxiv_train-1.jsonl",
+            field="article",
+            device="cuda",
+            precision="fp16",
+            length=512,
+            batch=8,
+            epochs=10,
+            train_blocks=40_000,
+            learning_rate=5e-5,
+            warmup_steps=2_000,
+            anneal_steps=10_000,
+            eval_every=1_000,
+            sample_every=5_000,
+            save_every=1_000,
+        ),
+    },
+}
+
+
+def load_config(notebook: str, profile: str | None = None, **overrides) -> RunConfig:
+    """The settings of one notebook: its profile, then `DALM_<FIELD>` from the environment, then `overrides`.
+
+    Args:
+        notebook: which notebook's settings, for instance "gpt2".
+        profile: a name in `PROFILES[notebook]`; None takes `DALM_PROFILE`, else "laptop".
+        overrides: any field of `RunConfig`.
+
+    Raises:
+        ValueError: an unknown notebook, profile or field (the nearest name is suggested), or a bad value.
+    """
+    profile = profile or os.environ.get("DALM_PROFILE", "laptop")
+    fields = _pick(_pick(PROFILES, notebook, "notebook"), profile, "profile")
+    check_names(overrides)
+    return RunConfig(**{**fields, **_from_environment(), **overrides})
+
+
+def _from_environment() -> dict:
+    found = {}
+    for variable, text in os.environ.items():
+        if variable.startswith("DALM_") and variable != "DALM_PROFILE":
+            name = variable.removeprefix("DALM_").lower()
+            check_names({name: text}, origin=f" (from the environment variable {variable})")
+            found[name] = parse_field(name, text)
+    return found
+
+
+def parse_field(name: str, text: str):
+    """The value of a field of `RunConfig` that was written as text."""
+    hint = typing.get_type_hints(RunConfig)[name]
+    kinds = typing.get_args(hint) or (hint,)
+    if type(None) in kinds and text.lower() in ("none", ""):
+        return None
+    if bool in kinds:
+        if text.lower() not in ("true", "false", "1", "0"):
+            raise ValueError(f"{name} must be true or false, got {text!r}")
+        return text.lower() in ("true", "1")
+    try:
+        return kinds[0](text)
+    except ValueError:
+        raise ValueError(f"{name} must be of type {kinds[0].__name__}, got {text!r}") from None
+
+
+def _check_type(name: str, value, hint) -> None:
+    kinds = typing.get_args(hint) or (hint,)
+    if (isinstance(value, bool) and bool not in kinds) or not isinstance(
+        value, kinds + ((int,) if float in kinds else ())
+    ):
+        expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ValueError(f"{name} must be of type {expected}, got {value!r}")
+
+
+def check_names(changes, origin: str = "") -> None:
+    """Raise ValueError, with the nearest name, if a key is not a field of `RunConfig`."""
+    names = [field.name for field in dataclasses.fields(RunConfig)]
+    for name in changes:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; the fields are {', '.join(names)}"
+            raise ValueError(f"RunConfig has no field {name!r}{origin}{hint}")
+
+
+def _pick(table: dict, key: str, what: str):
+    if key not in table:
+        raise ValueError(f"no {what} named {key!r}; choose one of {', '.join(table)}")
+    return table[key]

@@ -1,0 +1,167 @@
+"""Likelihoods and text quality, each with a definition and an error bar."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .annealing import annealed_mask
+from .backbone import autocast
+from .objective import default_maskable, diffusion_loss, seeded
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over blocks, in nats per token, with its standard error."""
+
+    per_block: np.ndarray  # [N] nats per token of each block: subtract two of these for a paired difference
+    tokens: int  # predicted tokens in all
+    bytes: int  # of the text they spell
+
+    @property
+    def mean(self) -> float:
+        return float(self.per_block.mean())
+
+    @property
+    def stderr(self) -> float:
+        return (
+            float(self.per_block.std(ddof=1) / math.sqrt(len(self.per_block))) if len(self.per_block) > 1 else math.nan
+        )
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.mean * self.tokens / (self.bytes * math.log(2))
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.mean)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} +- {self.stderr:.3f} nats per token ({self.bits_per_byte:.3f} bits per byte)"
+
+
+@torch.no_grad()
+def nelbo(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: Iterable[Tensor] | Tensor,
+    *,
+    num_samples: int = 8,
+    seed: int = 0,
+    batch_size: int = 32,
+    precision: str = "auto",
+) -> Estimate:
+    """The negative evidence lower bound per token of a masked-diffusion model: lower is better.
+
+    The integral over t of the training loss equals the mean, over a uniform number k in 1..n of masked
+    tokens and a uniform set of that size, of the mean -log p over the set (arXiv 2406.03736, theorem 2).
+    Each block draws `num_samples` values of k, one from each stratum of 1..n, and one set for each:
+    unbiased, with much less variance than drawing times and coins.  The same seed gives every model the same masks.
+
+    Args:
+        blocks: `[N, L]` long, or something that yields `[L]`; position 0 is the begin token.
+        num_samples: masks drawn per block.
+        batch_size: sequences in one forward pass.
+        precision: of the matrix products; see `RunConfig.precision`.
+    """
+    blocks = _stack(blocks)
+    count, length = blocks.shape
+    draws = seeded(seed, 0, "nelbo")
+    strata = (torch.arange(num_samples) + torch.rand(count, num_samples, generator=draws)) / num_samples
+    sizes = (1 + (strata * (length - 1)).long()).clamp_(max=length - 1).flatten()  # [N * S], each in 1..n
+    order = torch.rand(count * num_samples, length - 1, generator=draws).argsort(-1).argsort(-1)  # ranks 0..n-1
+    masked = torch.zeros(count * num_samples, length, dtype=torch.bool)
+    masked[:, 1:] = order < sizes[:, None]
+    tokens = blocks.repeat_interleave(num_samples, 0)
+    noised = torch.where(masked, model.config.mask_token_id, tokens)
+    means = _token_means(model, tokens, noised, masked, None, model.config.shift, batch_size, precision)
+    return _estimate(means.view(count, num_samples).mean(1), tokenizer, blocks)
+
+
+@torch.no_grad()
+def ar_nll(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: Iterable[Tensor] | Tensor,
+    *,
+    batch_size: int = 32,
+    precision: str = "auto",
+) -> Estimate:
+    """The negative log-likelihood per token of an autoregressive model, on the same tokens as `nelbo`."""
+    blocks = _stack(blocks)
+    causal = annealed_mask(blocks.shape[1], 0.0, device=model.device)
+    means = _token_means(model, blocks, blocks, default_maskable(blocks), causal, True, batch_size, precision)
+    return _estimate(means, tokenizer, blocks)
+
+
+def _token_means(model, tokens, noised, masked, attention_mask, shift, batch_size, precision) -> Tensor:
+    """The mean -log p over each sequence's masked tokens: `[N]` float64 on the CPU."""
+    was_training = model.training
+    model.eval()
+    means = []
+    for piece in zip(tokens.split(batch_size), noised.split(batch_size), masked.split(batch_size), strict=True):
+        x0, xt, hidden = (part.to(model.device) for part in piece)
+        with autocast(model.device, precision):
+            ones = torch.ones(len(x0), device=model.device)
+            loss = diffusion_loss(model, x0, xt, hidden, ones, attention_mask=attention_mask, shift=shift)
+        rows = hidden.nonzero()[:, 0]
+        sums = torch.zeros(len(x0), dtype=torch.float64, device=model.device).index_add_(
+            0, rows, loss.token_nll.double()
+        )
+        means.append((sums / hidden.sum(1)).cpu())
+    model.train(was_training)
+    return torch.cat(means)
+
+
+def _estimate(means: Tensor, tokenizer: PreTrainedTokenizerBase, blocks: Tensor) -> Estimate:
+    text = tokenizer.batch_decode(blocks[:, 1:], skip_special_tokens=True)
+    num_bytes = sum(len(piece.encode("utf-8", "replace")) for piece in text)
+    return Estimate(means.numpy(), blocks[:, 1:].numel(), num_bytes)
+
+
+def _stack(blocks: Iterable[Tensor] | Tensor) -> Tensor:
+    return blocks if isinstance(blocks, Tensor) else torch.stack([blocks[i] for i in range(len(blocks))])
+
+
+def paired_difference(first: Estimate, second: Estimate) -> tuple[float, float]:
+    """first - second on the same blocks, in nats per token, and its standard error."""
+    difference = first.per_block - second.per_block
+    return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference)))
+
+
+@dataclass(frozen=True)
+class TextQuality:
+    """How good generated text looks to a judge, never without how varied it is."""
+
+    perplexity: float  # of the text under an AR model; repetition makes it low, so read it with the next three
+    entropy: float  # of the samples' own unigram distribution, mean over samples, in nats
+    distinct_2: float  # distinct pairs of adjacent tokens / all pairs, mean over samples
+    repetition: float  # share of tokens that stand among the 16 before them, mean over samples
+
+
+def text_quality(judge: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Tensor) -> TextQuality:
+    """Perplexity under `judge`, an AR model with the same tokens, beside three measures of diversity.
+
+    Args:
+        tokens: `[N, L]` long, position 0 the begin token; samples, or real text to compare them with.
+    """
+    rows = tokens[:, 1:].tolist()
+    return TextQuality(
+        perplexity=ar_nll(judge, tokenizer, tokens).perplexity,
+        entropy=float(np.mean([_entropy(row) for row in rows])),
+        distinct_2=float(np.mean([len(set(itertools.pairwise(row))) / (len(row) - 1) for row in rows])),
+        repetition=float(np.mean([[t in row[max(0, i - 16) : i] for i, t in enumerate(row)] for row in rows])),
+    )
+
+
+def _entropy(row: list[int]) -> float:
+    shares = np.array(list(Counter(row).values())) / len(row)
+    return float(-(shares * np.log(shares)).sum())

@@ -1,0 +1,229 @@
+"""The training objective: draw a time, hide tokens, and score the model on restoring them.
+
+The AR loss is the special case in which nothing is hidden, every token is predicted, and the mask is
+causal: `diffusion_loss(model, tokens, tokens, maskable, ones, attention_mask=annealed_mask(L, 0))`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # logits held at once: what a cache holds, what keeps a GPU busy
+
+
+def seeded(seed: int, step: int, purpose: str) -> torch.Generator:
+    """A CPU generator that depends on nothing but its arguments.
+
+    Every draw of a run comes from one of these, so an interrupted run, or one spread over more processes,
+    sees the same noise as any other.
+    """
+    digest = hashlib.blake2b(f"{seed}/{step}/{purpose}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def sample_times(
+    batch: int,
+    *,
+    method: str = "stratified",
+    eps: float = 1e-3,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Diffusion times, one per sequence, uniform on [eps, 1].
+
+    `stratified` cuts [eps, 1] into `batch` equal strata and draws once in each, in random order: every
+    time is still uniform, but a batch never lacks early or late ones.  `uniform` draws independently.
+
+    Returns:
+        `[B]` float32.
+
+    Raises:
+        ValueError: an unknown method, an empty batch, or eps outside (0, 1).
+    """
+    if batch < 1 or not 0.0 < eps < 1.0:
+        raise ValueError(f"need batch >= 1 and 0 < eps < 1, got batch={batch}, eps={eps}")
+    where = generator.device if generator is not None else device
+    uniform = torch.rand(batch, generator=generator, device=where)
+    if method == "stratified":
+        uniform = (torch.randperm(batch, generator=generator, device=where) + uniform) / batch
+    elif method != "uniform":
+        raise ValueError(f"method must be stratified or uniform, got {method!r}")
+    return (eps + (1.0 - eps) * uniform).clamp_(max=1.0).to(device)
+
+
+def default_maskable(tokens: Tensor) -> Tensor:
+    """Every position but the begin token at position 0: `[B, L]` bool."""
+    maskable = torch.ones_like(tokens, dtype=torch.bool)
+    maskable[:, 0] = False
+    return maskable
+
+
+def corrupt(
+    tokens: Tensor,
+    times: Tensor,
+    mask_id: int,
+    *,
+    maskable: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Replace each maskable token by [MASK] with probability t (linear schedule, alpha_t = 1 - t).
+
+    Args:
+        tokens: `[B, L]` long.
+        times: `[B]`, each in (0, 1].
+        mask_id: the id of [MASK].
+        maskable: `[B, L]` bool; by default everything but position 0.
+        generator: draws the coins, on its own device.
+
+    Returns:
+        noised `[B, L]` long and masked `[B, L]` bool.
+    """
+    maskable = default_maskable(tokens) if maskable is None else maskable
+    where = generator.device if generator is not None else tokens.device
+    coins = torch.rand(tokens.shape, generator=generator, device=where).to(tokens.device)
+    masked = (coins < times[:, None]) & maskable
+    return torch.where(masked, mask_id, tokens), masked
+
+
+@dataclass
+class DiffusionLoss:
+    """What one batch says, in nats."""
+
+    loss: Tensor  # scalar: total over the count that `normalize` names
+    total: Tensor  # scalar: sum over masked tokens of nll / t
+    token_nll: Tensor  # [num_masked] unweighted, in the order of masked.nonzero(); carries no gradient
+    num_masked: int
+    num_maskable: Tensor  # scalar, long
+
+
+def hidden_states(model: nn.Module, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """The last hidden states `[B, L, D]` of a stock causal-LM, without touching its head."""
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # OPT asks for them beside a 4D mask
+    output = model.base_model(tokens, attention_mask=attention_mask, position_ids=positions, use_cache=False)
+    return output.last_hidden_state
+
+
+def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Logits `[..., V]` in float32 at least; [MASK], where the model has one, gets no probability."""
+    return _finish(model.get_output_embeddings()(hidden), _mask_id(model))
+
+
+def _mask_id(model: nn.Module) -> int | None:
+    return getattr(model.config, "mask_token_id", None)
+
+
+def _finish(logits: Tensor, mask_id: int | None) -> Tensor:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if mask_id is not None:
+        logits[..., mask_id] = -torch.inf
+    return logits
+
+
+def _matmul_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which a matrix product of this tensor would run here, autocast considered."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
+def diffusion_loss(
+    model: nn.Module,
+    tokens: Tensor,
+    noised: Tensor,
+    masked: Tensor,
+    times: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    shift: bool = True,
+    normalize: str = "maskable",
+    maskable: Tensor | None = None,
+) -> DiffusionLoss:
+    """`1/N * sum over sequences of (1/t) * sum over masked i of -log p(x0_i | x_t)`.
+
+    With `normalize="maskable"` N counts the maskable tokens: an unbiased estimate of the negative ELBO
+    per token (arXiv 2406.03736, equation 8).  `"masked"` divides by the number of masked tokens, as the code
+    released with arXiv 2410.17891 does; that is not a bound and depends on the batch size.
+
+    Only masked positions meet the head, a chunk at a time, so no `[B, L, V]` tensor ever exists.
+
+    Args:
+        tokens, noised: `[B, L]` long; masked: `[B, L]` bool; times: `[B]`.
+        attention_mask: additive `[1, 1, L, L]` from `annealed_mask`, or None.
+        shift: the hidden state at i-1 predicts token i (True), or the one at i (False).
+
+    Raises:
+        ValueError: position 0 is masked under the shift, or an unknown normalisation.
+    """
+    if normalize not in ("maskable", "masked"):
+        raise ValueError(f"normalize must be maskable or masked, got {normalize!r}")
+    maskable = default_maskable(tokens) if maskable is None else maskable
+
+    # 1. The trunk sees the noised sequence.
+    hidden = hidden_states(model, noised, attention_mask)  # [B, L, D]
+
+    # 2. Where each masked token is predicted: one position to the left under the shift.
+    rows, columns = masked.nonzero(as_tuple=True)  # [M], [M]
+    if shift and bool((columns == 0).any()):
+        raise ValueError("position 0 is masked, but under the shift no position predicts it; begin with a begin token")
+    sources = hidden[rows, columns - 1 if shift else columns]  # [M, D]
+
+    # 3. Negative log-likelihoods there, and only there, weighed by 1/t.
+    head = model.get_output_embeddings()
+    total, token_nll = _WeightedNLL.apply(
+        sources,
+        head.weight,
+        head.bias,
+        tokens[rows, columns],
+        1.0 / times[rows],
+        _mask_id(model),
+        _matmul_dtype(sources),
+    )
+
+    # 4. Divide by a count that does not depend on the draw.
+    num_maskable = maskable.sum()
+    count = num_maskable if normalize == "maskable" else max(len(rows), 1)
+    return DiffusionLoss(total / count, total, token_nll, len(rows), num_maskable)
+
+
+class _WeightedNLL(torch.autograd.Function):
+    """`sum_i weight_i * -log softmax(h_i W^T + b)[y_i]`, never holding more than a chunk of logits.
+
+    The gradient of a chunk is known as soon as its softmax is, so it is taken on the spot and the logits are
+    forgotten; the backward pass only scales it.  Exact, and cheaper than recomputing the logits.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, weights, mask_id, dtype):
+        matrix = weight.to(dtype)  # [V, D]
+        rows = max(64, CHUNK_ELEMENTS[hidden.device.type] // len(matrix))
+        nll = torch.empty(len(hidden), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
+        needs_grad = any(ctx.needs_input_grad[:3])
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros_like(weight) if needs_grad else None
+        grad_bias = torch.zeros_like(bias) if needs_grad and bias is not None else None
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            source, target = hidden[part].to(dtype), targets[part, None]
+            logits = _finish(F.linear(source, matrix, None if bias is None else bias.to(dtype)), mask_id)
+            log_total = logits.logsumexp(-1, keepdim=True)  # [m, 1]
+            nll[part] = (log_total - logits.gather(-1, target))[:, 0]
+            if needs_grad:
+                slope = logits.sub_(log_total).exp_()  # softmax [m, V]
+                slope.scatter_add_(-1, target, torch.full_like(log_total, -1.0)).mul_(weights[part, None])
+                slope = slope.to(dtype)
+                grad_hidden[part] = slope @ matrix
+                grad_weight += slope.T @ source
+                if grad_bias is not None:
+                    grad_bias += slope.sum(0)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.mark_non_differentiable(nll)
+        return (nll * weights).sum(), nll
+
+    @staticmethod
+    def backward(ctx, grad_total, _):
+        grads = [None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors]
+        return *grads, None, None, None, None

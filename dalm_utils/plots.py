@@ -1,0 +1,227 @@
+"""Every figure of the notebooks, one call each. They take records and arrays, never a model."""
+
+from __future__ import annotations
+
+import html
+import time
+
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import HTML, display
+from torch import Tensor
+
+from .checkpoint import History
+from .config import RunConfig
+from .sampling import Samples
+
+BLUE, ORANGE, GREEN, GREY, RED = "#2563a8", "#d9822b", "#3a8f5c", "#8a8f98", "#b23b3b"
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+}
+
+
+# ----------------------------------------------------------------------------------------------- the ideas
+def mask_heatmaps(masks: dict[float, Tensor | None], length: int) -> None:
+    """Attention masks `[1, 1, L, L]` (None is fully open) side by side; dark squares are open."""
+    figure, axes = plt.subplots(1, len(masks), figsize=(2.7 * len(masks), 3.1))
+    for axis, (ratio, mask) in zip(axes, masks.items(), strict=True):
+        open_edges = np.ones((length, length)) if mask is None else (mask[0, 0] == 0).float().numpy()
+        axis.imshow(open_edges, cmap="Blues", vmin=0, vmax=1.3)
+        axis.set(title=f"ratio {ratio:g}", xlabel="key position", xticks=[], yticks=[])
+    axes[0].set_ylabel("query position")
+    _show(figure)
+
+
+def shift_diagram(pieces: list[str], masked: list[bool]) -> None:
+    """How predictions line up with tokens: the hidden state at i-1 predicts token i (or the one at i does)."""
+    figure, axes = plt.subplots(2, 1, figsize=(1.15 * len(pieces), 4.4))
+    for axis, shift in zip(axes, (True, False), strict=True):
+        for i, (piece, hidden) in enumerate(zip(pieces, masked, strict=True)):
+            _box(axis, i, 0, "[MASK]" if hidden else piece, GREY if hidden else BLUE)
+            if hidden:
+                _box(axis, i, 1, piece, ORANGE)
+                source = i - 1 if shift else i
+                axis.annotate("", (i, 0.78), (source, 0.22), arrowprops=dict(arrowstyle="-|>", color=ORANGE, lw=1.6))
+        axis.set(xlim=(-0.6, len(pieces) - 0.4), ylim=(-0.4, 1.4), yticks=[0, 1], xticks=[])
+        axis.set_yticklabels(["input", "predicted"])
+        axis.set_title(
+            "with the shift: the position on the left predicts" if shift else "without: each position predicts itself"
+        )
+        axis.grid(False)
+        axis.spines[["left", "bottom"]].set_visible(False)
+        axis.tick_params(length=0)
+    _show(figure)
+
+
+def _box(axis, x: float, y: float, text: str, color: str) -> None:
+    style = dict(boxstyle="round,pad=0.35", facecolor=color, edgecolor="none", alpha=0.9)
+    axis.text(
+        x, y, text.replace("\n", "⏎").strip() or "␣", ha="center", va="center", color="white", fontsize=9, bbox=style
+    )
+
+
+def corrupted(rows: dict[str, list[str | None]]) -> None:
+    """One text at several times: a list of pieces per row, None where a token is masked."""
+    lines = []
+    for label, pieces in rows.items():
+        text = "".join(_GAP if piece is None else html.escape(piece) for piece in pieces)
+        lines.append(f"<p style='margin:2px 0'><b>{html.escape(label)}</b></p><pre style='{_PAPER}'>{text}</pre>")
+    display(HTML("".join(lines)))
+
+
+# -------------------------------------------------------------------------------------------------- curves
+class Live:
+    """A loss curve that redraws itself in the notebook while training runs: `train(..., on_log=Live())`."""
+
+    def __init__(self, every: float = 2.0):
+        self.every, self.handle, self.drawn, self.begun = every, None, 0.0, None
+
+    def __call__(self, history: History, config: RunConfig) -> None:
+        now = time.monotonic()
+        first = history.records[0] if self.begun is None else self.begun
+        self.begun = first
+        if self.handle is not None and now - self.drawn < self.every and "nelbo" not in history.records[-1]:
+            return
+        self.drawn = now
+        figure, axis = plt.subplots(figsize=(8, 3.6))
+        _draw_loss(axis, {config.name: history})
+        sample = history.last("sample")
+        if sample:
+            text = sample[:160].replace("\n", "⏎").replace("$", r"\$")
+            figure.text(0.01, -0.06, "it writes: " + text, fontsize=8, family="monospace", color=GREY)
+        axis.legend(loc="upper right")
+        if self.handle is None:
+            self.handle = display(figure, display_id=True)
+        else:
+            self.handle.update(figure)
+        plt.close(figure)
+
+
+def curves(histories: dict[str, History], ar_nll: float | None = None, ratio_of: str | None = None) -> None:
+    """Training loss, and held-out NELBO with error bars, of one or more runs.
+
+    Args:
+        ar_nll: nats per token of the AR model on the same blocks, drawn as the line to compare with.
+        ratio_of: the run whose annealing ratio is drawn over the training loss.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    _draw_loss(left, histories, evaluated=False)
+    if ratio_of is not None:
+        twin = left.twinx()
+        twin.plot(*histories[ratio_of].series("ratio"), color=GREY, linestyle=":", label="annealing ratio")
+        twin.set(ylim=(0, 1.05), ylabel="annealing ratio (dotted)")
+        twin.grid(False)
+        twin.spines["right"].set_visible(True)
+    for (name, history), color in zip(histories.items(), _colors(), strict=False):
+        steps, means = history.series("nelbo")
+        right.errorbar(
+            steps, means, yerr=history.series("nelbo_stderr")[1], color=color, marker="o", capsize=3, label=name
+        )
+    if ar_nll is not None:
+        right.axhline(ar_nll, color=RED, linestyle="--", label=f"AR model: {ar_nll:.2f}")
+    right.set(xlabel="optimizer step", ylabel="nats per token", title="held-out NELBO (lower is better)")
+    _token_axis(right, next(iter(histories.values())))
+    left.legend()
+    right.legend()
+    _show(figure)
+
+
+def _draw_loss(axis, histories: dict[str, History], evaluated: bool = True) -> None:
+    for (name, history), color in zip(histories.items(), _colors(), strict=False):
+        axis.plot(*history.series("loss"), color=color, alpha=0.35, lw=1)
+        axis.plot(*_smooth(*history.series("loss")), color=color, lw=2, label=f"{name}: training loss")
+        if evaluated and history.series("nelbo")[0]:
+            axis.plot(*history.series("nelbo"), "o", color=ORANGE, label=f"{name}: held-out NELBO")
+    axis.set(xlabel="optimizer step", ylabel="nats per token", title="training loss")
+
+
+def _smooth(x: list, y: list, window: int = 5) -> tuple[list, list]:
+    return x, [float(np.mean(y[max(0, i - window + 1) : i + 1])) for i in range(len(y))]
+
+
+def _token_axis(axis, history: History) -> None:
+    last = history.records[-1]
+    per_step = last["tokens"] / last["step"] / 1e6
+    top = axis.secondary_xaxis("top", functions=(lambda step: step * per_step, lambda tokens: tokens / per_step))
+    top.set_xlabel("million tokens")
+
+
+# ------------------------------------------------------------------------------------------------- samples
+def quality_vs_steps(rows: list[dict], references: dict[str, dict]) -> None:
+    """Perplexity under the AR model beside diversity, against denoising steps.
+
+    Args:
+        rows: dictionaries with order, steps, perplexity, entropy, distinct_2 and repetition.
+        references: the same four figures (without order and steps) for texts to compare with, drawn as lines.
+    """
+    panels = {
+        "perplexity": "perplexity under the AR model",
+        "entropy": "unigram entropy of a sample (nats)",
+        "repetition": "tokens repeated within 16",
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.8))
+    for axis, (key, title) in zip(axes, panels.items(), strict=True):
+        for order, color in zip(dict.fromkeys(row["order"] for row in rows), _colors(), strict=False):
+            points = [(row["steps"], row[key]) for row in rows if row["order"] == order]
+            axis.plot(*zip(*points, strict=True), "o-", color=color, label=order)
+        for (name, figures), style in zip(references.items(), ("--", ":"), strict=False):
+            axis.axhline(figures[key], color=RED, linestyle=style, label=name)
+        axis.set(xlabel="denoising steps", title=title, xscale="log")
+        axis.set_xticks(steps := sorted({row["steps"] for row in rows}), [str(s) for s in steps], minor=False)
+        axis.minorticks_off()
+    axes[0].set_yscale("log")
+    axes[0].legend()
+    _show(figure)
+
+
+_PAPER = (
+    "white-space:pre-wrap;margin:0 0 8px;padding:8px;background:#f6f7f9;color:#222;border-radius:6px;line-height:1.5"
+)
+_GAP = "<span style='background:#c9ced6;border-radius:3px'>░░░</span>"
+
+
+def viewer(samples: Samples, tokenizer, row: int = 0) -> None:
+    """Step through one sample's denoising with a slider, in plain HTML: no kernel, no widgets.
+
+    Without scripts (on GitHub, or in a notebook not yet trusted) the finished text remains, and the colour of each
+    token still says when it appeared: dark ones early, pale ones late, given ones in black.
+    """
+    ids = samples.tokens[row].tolist()[1:]
+    born = dict.fromkeys(range(len(ids)), -1)
+    for index, reveal in enumerate(samples.history):
+        for r, position in zip(reveal.rows, reveal.positions, strict=True):
+            if r == row:
+                born[position - 1] = index
+    last = max(1, len(samples.history) - 1)
+    spans = []
+    for i, token in enumerate(ids):
+        text = html.escape(tokenizer.decode([token]))
+        shade = "#111" if born[i] < 0 else f"hsl(212,65%,{25 + 40 * born[i] / last:.0f}%)"
+        spans.append(f"<span data-born='{born[i]}' style='color:{shade}'>{text}</span>")
+    key = f"v{abs(hash((tuple(ids), row))) % 10**10}"
+    script = (
+        f"(function(n){{document.querySelectorAll('#{key} span[data-born]').forEach(function(s){{"
+        "var hide=+s.dataset.born>=n;s.style.background=hide?'#c9ced6':'';s.style.borderRadius='3px';"
+        "if(s.dataset.text===undefined)s.dataset.text=s.textContent;s.textContent=hide?'░░░':s.dataset.text;});"
+        f"document.getElementById('{key}-n').textContent=n;}})(+this.value)"
+    )
+    total = len(samples.history)
+    slider = (
+        f"<label>reveal steps done: <b id='{key}-n'>{total}</b> of {total} "
+        f"<input type='range' min='0' max='{total}' value='{total}' style='width:60%' oninput=\"{script}\"></label>"
+    )
+    display(HTML(f"<div>{slider}<pre id='{key}' style='{_PAPER}'>{''.join(spans)}</pre></div>"))
+
+
+def _colors():
+    return (BLUE, ORANGE, GREEN, GREY, RED)
+
+
+def _show(figure) -> None:
+    figure.tight_layout()
+    display(figure)
+    plt.close(figure)

@@ -1,0 +1,146 @@
+"""Makes the small models that ship in checkpoints/base: `python -m dalm_utils.pretrain tiny-gpt2`.
+
+Interrupted, the same command continues. Beside the weights stands provenance.json: what the model is,
+what it was trained on, for how long, and how well it predicts text that it has not seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+import tokenizers
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .backbone import BASES, load_base, save_diffusion
+from .checkpoint import History
+from .config import PROJECT, RunConfig, load_config
+from .corpus import CACHE, clean_documents, load_corpus, split_of
+from .evaluation import ar_nll, nelbo
+from .training import build, train
+
+END = "<|endoftext|>"  # begins a block and separates documents, as in GPT-2
+CONTEXT = 512
+SHAPES = {
+    "6x256": dict(vocab=4096, n_layer=6, n_embd=256, n_head=4),
+    "8x256": dict(vocab=4096, n_layer=8, n_embd=256, n_head=4),
+    "4x320": dict(vocab=4096, n_layer=4, n_embd=320, n_head=5),
+    "5x256-8k": dict(vocab=8192, n_layer=5, n_embd=256, n_head=4),
+    "4x288-8k": dict(vocab=8192, n_layer=4, n_embd=288, n_head=3),
+}
+TRIALS = {  # (shape, peak learning rate) -> steps that take each about 150 seconds of two cores
+    ("6x256", 2e-3): 170,
+    ("8x256", 2e-3): 128,
+    ("4x320", 2e-3): 175,
+    ("5x256-8k", 2e-3): 170,
+    ("6x256", 4e-3): 170,
+    ("4x288-8k", 2e-3): 175,
+    ("4x288-8k", 1e-3): 175,
+}
+AR = RunConfig(
+    objective="ar", base="none", text="docstrings", length=CONTEXT, batch=8, learning_rate=2e-3, warmup_steps=60,
+    final_lr=0.05, weight_decay=0.1, log_every=10, eval_every=250, save_every=250, compile=True,
+)  # fmt: skip
+BEST = ("4x288-8k", 2e-3)
+HOUR_OF_STEPS = 4_500
+LONG = dict(steps=20_000, warmup_steps=200, anneal_steps=2_000, eval_every=500, save_every=250, sample_every=0)
+
+
+def train_tokenizer(vocab: int, folder: Path) -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on the training split of the docstrings; made once and kept in `folder`."""
+    if not folder.exists():
+        bpe = tokenizers.ByteLevelBPETokenizer()
+        texts = (text for text in clean_documents("docstrings") if split_of(text) == "train")
+        bpe.train_from_iterator(texts, vocab_size=vocab, special_tokens=[END], show_progress=False)
+        fast = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token=END, eos_token=END)
+        fast.model_max_length = CONTEXT
+        fast.save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def fresh_gpt2(shape: dict, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> GPT2LMHeadModel:
+    """A GPT-2 of this shape with random weights."""
+    torch.manual_seed(seed)
+    sizes = {key: value for key, value in shape.items() if key != "vocab"}
+    ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=CONTEXT, **sizes, **ends))
+
+
+def make_gpt2(shape: str, config: RunConfig) -> History:
+    """Train one AR base from nothing; returns its history."""
+    tokenizer = train_tokenizer(SHAPES[shape]["vocab"], CACHE / f"tokenizer-{SHAPES[shape]['vocab']}")
+    return train(fresh_gpt2(SHAPES[shape], tokenizer, config.seed), tokenizer, config)
+
+
+def try_shapes(results: Path) -> list[dict]:
+    """Train every entry of `TRIALS` briefly, on the same text; the figures are kept in a JSON file."""
+    rows = json.loads(results.read_text()) if results.exists() else []
+    for (shape, rate), steps in list(TRIALS.items())[len(rows) :]:
+        config = AR.replace(
+            name=f"trial-{shape}-{rate:g}", learning_rate=rate, steps=steps, eval_every=steps, save_every=steps
+        )
+        last = make_gpt2(shape, config).records[-1]
+        figures = {key: last[key] for key in ("tokens", "seconds", "nll", "bits_per_byte")}
+        rows.append({"shape": shape, "learning_rate": rate, "steps": steps, **figures})
+        results.parent.mkdir(parents=True, exist_ok=True)
+        results.write_text(json.dumps(rows, indent=1))
+    return rows
+
+
+def ship(config: RunConfig, shape: str | None, **extra) -> Path:
+    """Put a run's best checkpoint into checkpoints/base, in half precision, with its provenance and history."""
+    model, tokenizer = load_base(str(config.folder / "best"), hub="local")
+    corpus = load_corpus(config.text, tokenizer)
+    held_out = corpus.blocks("validation", config.length)
+    score = (ar_nll if config.objective == "ar" else nelbo)(model, tokenizer, held_out)
+    history = History.load(config.folder / "history.jsonl")
+    provenance = {
+        "made_by": f"python -m dalm_utils.pretrain {config.name}",
+        "architecture": {"class": type(model).__name__, "shape": shape, "parameters": model.num_parameters()},
+        "trained_on": "the training split of the docstring corpus; no other text",
+        "corpus": {
+            key: corpus.facts[key] for key in ("fingerprint", "version", "source", "documents", "tokens", "bytes")
+        },
+        "tokens_seen": history.records[-1]["tokens"],
+        "seconds": history.records[-1]["seconds"],
+        "machine": f"{os.cpu_count()} cores, {torch.cpu.get_capabilities()['cpu_name']}, torch {torch.__version__}",
+        "validation": {
+            "measure": "NLL" if config.objective == "ar" else "NELBO",
+            "nats_per_token": round(score.mean, 4),
+            "stderr": round(score.stderr, 4),
+            "bits_per_byte": round(score.bits_per_byte, 4),
+            "blocks": len(held_out),
+        },
+        "config": {key: value for key, value in vars(config).items() if key != "runs"},
+        **extra,
+    }
+    folder = BASES / config.name
+    save_diffusion(model.half(), tokenizer, folder)
+    (folder / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
+    shutil.copy(history.path, folder / "history.jsonl")
+    return folder
+
+
+def make(name: str, trials: bool) -> Path:
+    """Train and ship one of the models that come with the project."""
+    if name == "tiny-gpt2":
+        rows = try_shapes(AR.replace(name="trials").folder / "trials.json") if trials else []
+        config = AR.replace(name=name, learning_rate=BEST[1], steps=HOUR_OF_STEPS)
+        make_gpt2(BEST[0], config)
+        return ship(config, BEST[0], tried=rows)
+    config = load_config("gpt2", "laptop", name=name, **LONG)
+    model, tokenizer = build(config)
+    train(model, tokenizer, config)
+    return ship(config, BEST[0])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=("tiny-gpt2", "tiny-diffugpt"))
+    parser.add_argument("--trials", action="store_true", help="first compare the shapes in TRIALS, 150 seconds each")
+    options = parser.parse_args()
+    print("made", make(options.name, options.trials).relative_to(PROJECT))

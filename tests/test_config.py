@@ -1,0 +1,69 @@
+import pytest
+
+from dalm_utils import RunConfig, load_config
+from dalm_utils.config import PROFILES, PROJECT
+
+
+def test_every_profile_makes_a_config():
+    for notebook, profiles in PROFILES.items():
+        for profile in profiles:
+            assert load_config(notebook, profile).name == f"{notebook}-{profile}"
+
+
+def test_the_full_profile_is_the_papers_recipe():
+    config = load_config("gpt2", "full")
+    assert (config.base, config.epochs, config.anneal_steps, config.precision) == ("gpt2", 10, 10_000, "fp16")
+    assert (config.batch, config.learning_rate, config.length) == (8, 5e-5, 512)
+
+
+def test_environment_and_overrides(monkeypatch):
+    monkeypatch.setenv("DALM_PROFILE", "full")
+    monkeypatch.setenv("DALM_BATCH", "4")
+    monkeypatch.setenv("DALM_SHIFT", "false")
+    monkeypatch.setenv("DALM_TRAIN_BLOCKS", "none")
+    config = load_config("gpt2", batch=2)
+    assert (config.base, config.batch, config.shift, config.train_blocks) == ("gpt2", 2, False, None)
+    assert load_config("gpt2", "laptop").base == "tiny-gpt2"
+
+
+def test_paths_start_at_the_project():
+    assert RunConfig(name="x").folder == PROJECT / "checkpoints" / "runs" / "x"
+    assert str(RunConfig(name="x", runs="/elsewhere").folder) == "/elsewhere/x"
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (dict(learning_rat=1), "did you mean 'learning_rate'"),
+        (dict(zzz=1), "the fields are name"),
+        (dict(learning_rate=0.0), "learning_rate must be positive, got 0.0"),
+        (dict(batch=-1), "batch must be positive, got -1"),
+        (dict(steps=0), "steps must be at least 1"),
+        (dict(anneal_steps=0), "anneal_steps must be positive"),
+        (dict(batch="8"), "batch must be of type int, got '8'"),
+        (dict(shift=1), "shift must be of type bool"),
+        (dict(batch=True), "batch must be of type int"),
+        (dict(normalize="tokens"), "normalize must be one of maskable, masked"),
+        (dict(dropout=1.5), r"dropout must be in \[0, 1\), got 1.5"),
+        (dict(eps=0.0), "eps must be above 0"),
+        (dict(length=1), "length must be at least 2"),
+        (dict(learning_rate=float("nan")), "learning_rate must be positive, got nan"),
+    ],
+)
+def test_bad_fields_are_named_with_a_remedy(bad, message):
+    with pytest.raises(ValueError, match=message):
+        load_config("gpt2", "laptop", **bad)
+
+
+def test_unknown_profiles_and_variables(monkeypatch):
+    with pytest.raises(ValueError, match="no profile named 'desktop'; choose one of laptop, full"):
+        load_config("gpt2", "desktop")
+    with pytest.raises(ValueError, match="no notebook named 'bert'"):
+        load_config("bert")
+    monkeypatch.setenv("DALM_STEPZ", "3")
+    with pytest.raises(ValueError, match=r"DALM_STEPZ.*did you mean 'steps'"):
+        load_config("gpt2", "laptop")
+    monkeypatch.delenv("DALM_STEPZ")
+    monkeypatch.setenv("DALM_STEPS", "many")
+    with pytest.raises(ValueError, match="steps must be of type int, got 'many'"):
+        load_config("gpt2", "laptop")

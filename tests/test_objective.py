@@ -1,0 +1,194 @@
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dalm_utils import annealed_mask, corrupt, diffusion_loss, objective, sample_times
+from tests.helpers import FAMILIES, tiny_diffusion, tiny_model
+
+
+def noisy_batch(vocab=320, mask_id=320, shape=(4, 12), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, vocab, shape, generator=generator)
+    tokens[:, 0] = 0
+    times = sample_times(shape[0], generator=generator)
+    return tokens, *corrupt(tokens, times, mask_id, generator=generator), times
+
+
+def plain_loss(model, tokens, noised, masked, times, attention_mask, shift, normalize):
+    """All logits, then a loop over every token: slow, and obviously the definition."""
+    positions = torch.arange(tokens.shape[1])[None]
+    logits = model(noised, attention_mask=attention_mask, position_ids=positions, use_cache=False).logits
+    logits[..., model.config.mask_token_id] = -math.inf
+    log_p = logits.log_softmax(-1)
+    total, count = 0.0, 0
+    for b, i in itertools.product(*map(range, tokens.shape)):
+        count += i > 0 if normalize == "maskable" else int(masked[b, i])
+        if masked[b, i]:
+            total = total - log_p[b, i - 1 if shift else i, tokens[b, i]] / times[b]
+    return total / count
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("normalize", ["maskable", "masked"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_loss_and_gradients_equal_the_plain_definition(family, shift, normalize, tied, monkeypatch):
+    monkeypatch.setitem(objective.CHUNK_ELEMENTS, "cpu", 0)  # 64 rows at a time, so that several chunks are needed
+    model, _ = tiny_diffusion(family, shift, tied=tied)
+    tokens, noised, masked, times = noisy_batch(shape=(16, 16))
+    assert masked.sum() > 64
+    mask = annealed_mask(16, 0.5, generator=torch.Generator().manual_seed(1))
+    results = []
+    for loss_of in (
+        lambda: (
+            diffusion_loss(
+                model, tokens, noised, masked, times, attention_mask=mask, shift=shift, normalize=normalize
+            ).loss
+        ),
+        lambda: plain_loss(model, tokens, noised, masked, times, mask, shift, normalize),
+    ):
+        model.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        results.append((loss.item(), [p.grad.clone() for p in model.parameters()]))
+    (ours, our_grads), (plain, plain_grads) = results
+    assert ours == pytest.approx(plain, rel=1e-5)
+    largest = max(float(grad.abs().max()) for grad in plain_grads)
+    for a, b in zip(our_grads, plain_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * largest)
+
+
+def test_shift_reads_one_position_to_the_left_worked_by_hand():
+    """Position 2 of [begin, a, MASK, b] is masked: with the shift the logits after `a` predict it."""
+    model, _ = tiny_diffusion()
+    mask_id = model.config.mask_token_id
+    tokens, noised = torch.tensor([[0, 5, 6, 7]]), torch.tensor([[0, 5, mask_id, 7]])
+    masked, times = noised == mask_id, torch.tensor([0.5])
+    logits = model(noised, position_ids=torch.arange(4)[None]).logits[0].detach()
+    logits[:, mask_id] = -math.inf
+    at_1, at_2 = (-logits[i].log_softmax(-1)[6] for i in (1, 2))
+    with_shift = diffusion_loss(model, tokens, noised, masked, times, shift=True)
+    without = diffusion_loss(model, tokens, noised, masked, times, shift=False)
+    assert at_1 != pytest.approx(float(at_2), rel=1e-3)
+    assert with_shift.loss.item() == pytest.approx(float(at_1) / 0.5 / 3, rel=1e-5)  # 1/t, then 3 maskable tokens
+    assert without.loss.item() == pytest.approx(float(at_2) / 0.5 / 3, rel=1e-5)
+
+
+def test_without_noise_and_with_a_closed_mask_it_is_the_ar_loss():
+    model = tiny_model()
+    tokens = torch.randint(1, 61, (3, 10), generator=torch.Generator().manual_seed(0))
+    everything = objective.default_maskable(tokens)
+    ours = diffusion_loss(model, tokens, tokens, everything, torch.ones(3), attention_mask=annealed_mask(10, 0.0))
+    assert ours.loss.item() == pytest.approx(model(tokens, labels=tokens).loss.item(), rel=1e-5)
+
+
+def test_in_bf16_the_loss_and_its_gradient_stay_close():
+    model, _ = tiny_diffusion()
+    batch = noisy_batch(shape=(16, 16))
+    exact = diffusion_loss(model, *batch).loss
+    exact.backward()
+    gradient = model.get_input_embeddings().weight.grad.clone()
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        half = diffusion_loss(model, *batch).loss
+    half.backward()
+    assert half.item() == pytest.approx(exact.item(), rel=0.02)
+    assert F.cosine_similarity(gradient.flatten(), model.get_input_embeddings().weight.grad.flatten(), 0) > 0.995
+
+
+# -- the NELBO is the any-order autoregressive likelihood ----------------------------------------------------
+N, DATA, BEGIN, MASK = 4, 3, 3, 4  # four tokens from a vocabulary of three
+
+
+def enumerable_model(shift):
+    model = tiny_model(vocab=5).double()
+    model.config.mask_token_id, model.config.shift, model.config.is_causal = MASK, shift, False
+    return model
+
+
+def all_masks():
+    return torch.tensor([(0, *bits) for bits in itertools.product((0, 1), repeat=N) if any(bits)], dtype=torch.bool)
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_nelbo_is_the_expected_any_order_likelihood(shift):
+    """Both sides enumerated: all masks (with an exact integral over t), and all N! orders (arXiv 2406.03736)."""
+    model = enumerable_model(shift)
+    x = torch.tensor([[BEGIN, 2, 0, 1, 1]])
+
+    def nll(masked):  # -log p of each masked token given the others, from the model's own logits
+        noised = torch.where(masked, MASK, x)
+        logits = model(noised, position_ids=torch.arange(N + 1)[None]).logits[0].detach()
+        logits[:, MASK] = -math.inf
+        return {
+            i: -logits[i - 1 if shift else i].log_softmax(-1)[x[0, i]].item() for i in range(1, N + 1) if masked[0, i]
+        }
+
+    any_order = 0.0
+    for order in itertools.permutations(range(1, N + 1)):
+        for step, position in enumerate(order):
+            masked = torch.zeros(1, N + 1, dtype=torch.bool)
+            masked[0, list(order[step:])] = True
+            any_order += nll(masked)[position] / math.factorial(N) / N
+
+    # E over t and masks of diffusion_loss: a polynomial in t of degree 3, exact with 4 Gauss-Legendre nodes
+    nodes = [(0.0694318442, 0.1739274226), (0.3300094782, 0.3260725774)]
+    nodes += [(1 - node, weight) for node, weight in nodes]
+    bound = 0.0
+    for t, weight in nodes:
+        for masked in all_masks():
+            size = int(masked.sum())
+            chance = t**size * (1 - t) ** (N - size)
+            noised = torch.where(masked[None], MASK, x)
+            times = torch.tensor([t], dtype=torch.float64)
+            bound += weight * chance * diffusion_loss(model, x, noised, masked[None], times, shift=shift).loss.item()
+    assert bound == pytest.approx(any_order, abs=1e-6)
+
+
+# -- times and corruption ------------------------------------------------------------------------------------
+def test_stratified_times_fill_every_stratum_and_uniform_ones_do_not_have_to():
+    generator = torch.Generator().manual_seed(0)
+    times = sample_times(1000, generator=generator)
+    assert sorted(((times - 1e-3) / (1 - 1e-3) * 1000).clamp(max=999.5).long().tolist()) == list(range(1000))
+    uniform = sample_times(100_000, method="uniform", generator=generator)
+    assert uniform.min() >= 1e-3 and uniform.max() <= 1
+    assert uniform.mean() == pytest.approx(0.5005, abs=4 * 0.2887 / 100_000**0.5)
+
+
+def test_each_stratified_time_is_uniform_whatever_its_place():
+    first = torch.stack([sample_times(4, generator=torch.Generator().manual_seed(s)) for s in range(4000)])[:, 0]
+    assert first.mean() == pytest.approx(0.5005, abs=0.02) and first.std() == pytest.approx(0.2887, abs=0.01)
+
+
+def test_corruption_hides_each_token_with_probability_t_and_never_the_begin_token():
+    tokens = torch.arange(1, 4001).repeat(3, 1)
+    times = torch.tensor([0.1, 0.5, 1.0])
+    noised, masked = corrupt(tokens, times, 0, generator=torch.Generator().manual_seed(0))
+    assert not masked[:, 0].any() and masked[2, 1:].all()
+    assert torch.equal(noised == 0, masked) and torch.equal(noised[~masked], tokens[~masked])
+    assert masked[0].float().mean() == pytest.approx(0.1, abs=0.02)
+    assert masked[1].float().mean() == pytest.approx(0.5, abs=0.03)
+
+
+def test_only_maskable_tokens_are_hidden():
+    tokens = torch.ones(2, 50, dtype=torch.long)
+    maskable = torch.zeros(2, 50, dtype=torch.bool)
+    maskable[:, 10:20] = True
+    _, masked = corrupt(tokens, torch.ones(2), 0, maskable=maskable)
+    assert torch.equal(masked, maskable)
+
+
+def test_a_masked_begin_token_is_refused_under_the_shift():
+    model, _ = tiny_diffusion()
+    tokens = torch.ones(1, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match="begin token"):
+        diffusion_loss(model, tokens, tokens, torch.ones(1, 4, dtype=torch.bool), torch.ones(1), shift=True)
+
+
+@pytest.mark.parametrize("bad", [dict(batch=0), dict(batch=2, eps=0.0), dict(batch=2, method="cosine")])
+def test_times_refuse_nonsense(bad):
+    with pytest.raises(ValueError):
+        sample_times(**bad)

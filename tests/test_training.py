@@ -1,0 +1,173 @@
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from dalm_utils import as_diffusion, load_diffusion, nelbo, train, train_arms
+from dalm_utils.training import learning_rate
+from tests.helpers import tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
+
+TIMELESS = ("seconds", "tokens_per_second")
+
+
+def comparable(history):
+    return [{k: v for k, v in record.items() if k not in TIMELESS} for record in history.records]
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def stop_after(step):
+    """An on_log that presses Ctrl-C once a step is reached."""
+
+    def press(history, config):
+        if history.records[-1]["step"] == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return press
+
+
+def test_training_lowers_loss_and_nelbo_and_leaves_what_it_promises(tmp_path):
+    config = tiny_config(tmp_path, steps=60, eval_every=20, learning_rate=1e-2, sample_every=30)
+    model, tokenizer = tiny_diffusion()
+    history = train(model, tokenizer, config)
+    assert history.window("loss", 50, 61) < 0.8 * history.window("loss", 1, 11)
+    nelbos = history.series("nelbo")[1]
+    assert len(nelbos) == 3 and nelbos[-1] < nelbos[0]
+    assert history.last("ratio") == 1.0 and len(history.last("sample")) > 0
+    assert [json.loads(line) for line in (config.folder / "history.jsonl").read_text().splitlines()] == history.records
+    assert sorted(p.name for p in config.folder.iterdir()) == [
+        "best", "config.json", "history.jsonl", "step-000056", "step-000060",
+    ]  # fmt: skip
+    best, _ = load_diffusion(config.folder / "best")
+    held_out = torch.randint(1, 300, (2, 16))
+    held_out[:, 0] = 0
+    again, now = (nelbo(m, tokenizer, held_out, precision="fp32").mean for m in (best, model))
+    assert again == pytest.approx(now, rel=1e-5)  # the last evaluation was the best
+
+
+def test_the_loss_does_not_depend_on_how_a_batch_is_split(tmp_path):
+    histories = []
+    for batch, accumulate in ((8, 1), (4, 2), (1, 8)):
+        model, tokenizer = tiny_diffusion()
+        config = tiny_config(tmp_path, name=f"split-{batch}", batch=batch, accumulate=accumulate)
+        histories.append(comparable(train(model, tokenizer, config)))
+    for records in histories[1:]:
+        for ours, whole in zip(records, histories[0], strict=True):
+            assert ours["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+            assert ours["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
+            assert ours.get("nelbo") == pytest.approx(whole.get("nelbo"), rel=1e-4)
+
+
+@pytest.mark.parametrize("stop", [4, 6])
+def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path, stop):
+    whole, tokenizer = tiny_diffusion()
+    expected = train(whole, tokenizer, tiny_config(tmp_path, name="whole", dropout=0.1))
+    config = tiny_config(tmp_path, name="parts", dropout=0.1)
+    first = train(*tiny_diffusion(), config, on_log=stop_after(stop))
+    assert first.records[-1]["step"] == stop
+    model, tokenizer = tiny_diffusion(seed=9)  # its weights are replaced by the checkpoint's
+    history = train(model, tokenizer, config)
+    assert comparable(history) == comparable(expected)
+    assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in model.state_dict().items())
+    finished = train(*tiny_diffusion(), config)  # nothing left to do
+    assert comparable(finished) == comparable(expected)
+
+
+def test_a_finished_or_other_run_is_not_overwritten(tmp_path):
+    config = tiny_config(tmp_path)
+    train(*tiny_diffusion(), config)
+    with pytest.raises(ValueError, match=r"learning_rate: 0\.003 then, 0\.5 now.*resume='never'"):
+        train(*tiny_diffusion(), config.replace(learning_rate=0.5))
+    train(*tiny_diffusion(), config.replace(learning_rate=0.001), resume="never")
+    old = config.folder.with_name("tiny.old1")
+    assert json.loads((old / "config.json").read_text())["learning_rate"] == 0.003
+    assert json.loads((config.folder / "config.json").read_text())["learning_rate"] == 0.001
+
+
+def test_arms_are_paired_and_each_equals_training_alone(tmp_path, monkeypatch):
+    base, tokenizer = tiny_model(vocab=320), tiny_tokenizer()
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    config = tiny_config(tmp_path, base=str(tmp_path / "base"))
+    arms = train_arms({"shift": config, "plain": config.replace(shift=False)})
+    alone = train(*as_diffusion(base, tokenizer), config.replace(name="alone"))
+    assert comparable(arms["shift"]) == comparable(alone)
+    assert arms["plain"].last("loss") != arms["shift"].last("loss")
+
+
+def test_the_ar_objective_is_the_next_token_loss(tmp_path):
+    model, tokenizer = tiny_model(vocab=320), tiny_tokenizer()
+    config = tiny_config(tmp_path, objective="ar", steps=1, log_every=1)
+    from dalm_utils.training import _accelerator, _Run
+
+    tokens = _Run(model, tokenizer, config.replace(name="look"), _accelerator(config), "auto")._batch()[0]
+    own = model(tokens, labels=tokens).loss.item()
+    history = train(model, tokenizer, config)
+    assert history.records[0]["loss"] == pytest.approx(own, rel=1e-5)
+    assert history.last("nll") > 0 and history.last("nelbo") is None
+
+
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(tmp_path):
+    model, tokenizer = tiny_diffusion()
+    before = weights(model)
+    bad = model.get_input_embeddings().weight.register_hook(lambda grad: grad * float("nan"))
+    history = train(model, tokenizer, tiny_config(tmp_path, steps=2, log_every=1))
+    bad.remove()
+    assert history.last("skipped") == 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_every_block_is_seen_once_in_an_epoch(tmp_path):
+    from dalm_utils.training import _accelerator, _Run
+
+    config = tiny_config(tmp_path, steps=None, epochs=2)
+    run = _Run(*tiny_diffusion(), config, _accelerator(config), "auto")
+    count = len(run.blocks)
+    assert run.total == -(-2 * count // 4)
+    first, second = ([run._block_at(e * count + i) for i in range(count)] for e in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(count)) and first != second
+
+
+def test_learning_rate_warms_up_and_falls_to_its_end(tmp_path):
+    config = tiny_config(tmp_path, learning_rate=1.0, warmup_steps=4, final_lr=0.1)
+    rates = [learning_rate(config, step, 20) for step in range(21)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0
+    assert rates[20] == pytest.approx(0.1) and rates[4:] == sorted(rates[4:], reverse=True)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(length=100), "more than the model's 64 positions"),
+        (dict(shift=False), "made with shift=True"),
+        (dict(precision="fp16"), "needs CUDA"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(*tiny_diffusion(), tiny_config(tmp_path, **changes))
+
+
+def test_models_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no \[MASK\] token"):
+        train(tiny_model(vocab=320), tiny_tokenizer(), tiny_config(tmp_path))
+    with pytest.raises(ValueError, match="do not belong together"):
+        train(tiny_model(vocab=61), tiny_tokenizer(), tiny_config(tmp_path, objective="ar"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_where_there_is_none_is_refused(tmp_path):
+    with pytest.raises(RuntimeError, match="sees no CUDA device"):
+        train(*tiny_diffusion(), tiny_config(tmp_path, device="cuda"))
+
+
+def test_compiled_and_checkpointed_blocks_give_the_same_curve(tmp_path):
+    plain = train(*tiny_diffusion(), tiny_config(tmp_path, name="plain"))
+    checkpointed = train(*tiny_diffusion(), tiny_config(tmp_path, name="checkpointed", gradient_checkpointing=True))
+    assert checkpointed.last("loss") == pytest.approx(plain.last("loss"), rel=1e-5)
+    compiled = train(*tiny_diffusion(), tiny_config(tmp_path, name="compiled", compile=True))
+    assert compiled.last("loss") == pytest.approx(plain.last("loss"), rel=1e-4)
