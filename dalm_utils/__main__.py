@@ -141,7 +141,12 @@ def _notebook(options) -> None:
             minutes = (time.monotonic() - begun) / 60
             print(f"[{minutes:4.1f} min] cell {code.index(cell_index) + 1}/{len(code)}: {first_line[:90]}", flush=True)
 
-    client = Client(notebook, timeout=None, resources={"metadata": {"path": str(options.path.parent)}})
+    client = Client(
+        notebook,
+        timeout=None,
+        extra_arguments=["--log-level=ERROR"],
+        resources={"metadata": {"path": str(options.path.parent)}},
+    )
     client.on_cell_start = announce
     target = options.path if options.in_place else PROJECT / "checkpoints" / "runs" / options.path.name
     try:

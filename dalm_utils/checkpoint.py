@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -33,6 +34,33 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> Path:
         beside.rename(folder)
     _sync(folder.parent)
     return folder
+
+
+def open_run(folder: Path, settings: dict, resume: str) -> None:
+    """Make a run's folder, or make sure that the one there belongs to the same settings.
+
+    Raises:
+        ValueError: it belongs to other settings (each difference is named), and `resume` is not "never",
+            which moves the earlier run aside.
+    """
+    if resume not in ("auto", "never"):
+        raise ValueError(f"resume must be auto or never, got {resume!r}")
+    written = folder / "config.json"
+    if written.exists() and resume == "never":
+        aside = next(p for n in itertools.count(1) if not (p := folder.with_name(f"{folder.name}.old{n}")).exists())
+        folder.rename(aside)
+    if not written.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        written.write_text(json.dumps(settings, indent=1))
+    before = json.loads(written.read_text())
+    changed = [
+        f"{name}: {before.get(name)!r} then, {now!r} now" for name, now in settings.items() if before.get(name) != now
+    ]
+    if changed:
+        raise ValueError(
+            f"the run {folder.name!r} exists with other settings ({'; '.join(changed)}). "
+            "Give this one another `name`, or pass resume='never' to move the old run aside."
+        )
 
 
 def is_whole(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import time
 
 import matplotlib.pyplot as plt
@@ -15,7 +16,7 @@ from .config import RunConfig
 from .sampling import Samples
 
 BLUE, ORANGE, GREEN, GREY, RED = "#2563a8", "#d9822b", "#3a8f5c", "#8a8f98", "#b23b3b"
-STYLE = {
+plt.rcParams |= {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -78,22 +79,21 @@ class Live:
     """A loss curve that redraws itself in the notebook while training runs: `train(..., on_log=Live())`."""
 
     def __init__(self, every: float = 2.0):
-        self.every, self.handle, self.drawn, self.begun = every, None, 0.0, None
+        self.every, self.drawn, self.handle = every, -math.inf, None  # seconds between two drawings
 
     def __call__(self, history: History, config: RunConfig) -> None:
-        now = time.monotonic()
-        first = history.records[0] if self.begun is None else self.begun
-        self.begun = first
-        if self.handle is not None and now - self.drawn < self.every and "nelbo" not in history.records[-1]:
+        evaluated = "nelbo" in history.records[-1]
+        if time.monotonic() - self.drawn < self.every and not evaluated:
             return
-        self.drawn = now
+        self.drawn = time.monotonic()
         figure, axis = plt.subplots(figsize=(8, 3.6))
-        _draw_loss(axis, {config.name: history})
-        sample = history.last("sample")
-        if sample:
-            text = sample[:160].replace("\n", "⏎").replace("$", r"\$")
-            figure.text(0.01, -0.06, "it writes: " + text, fontsize=8, family="monospace", color=GREY)
+        _draw_loss(axis, {config.name: history}, evaluated=True)
+        speed = history.last("tokens_per_second")
+        axis.set_title(f"step {history.records[-1]['step']}" + (f", {speed} tokens/s" if speed else ""))
         axis.legend(loc="upper right")
+        if sample := history.last("sample"):
+            text = " ".join(sample[:110].split()).replace("$", r"\$")
+            figure.text(0.01, -0.06, "it writes: " + text, fontsize=8, family="monospace", color=GREY)
         if self.handle is None:
             self.handle = display(figure, display_id=True)
         else:

@@ -93,11 +93,13 @@ def try_shapes(results: Path) -> list[dict]:
 
 def ship(config: RunConfig, shape: str | None, **extra) -> Path:
     """Put a run's best checkpoint into checkpoints/base, in half precision, with its provenance and history."""
+    history = History.load(config.folder / "history.jsonl")
+    if history.records[-1]["step"] < config.steps:
+        raise SystemExit("not finished; the same command continues")
     model, tokenizer = load_base(str(config.folder / "best"), hub="local")
     corpus = load_corpus(config.text, tokenizer)
     held_out = corpus.blocks("validation", config.length)
     score = (ar_nll if config.objective == "ar" else nelbo)(model, tokenizer, held_out)
-    history = History.load(config.folder / "history.jsonl")
     provenance = {
         "made_by": f"python -m dalm_utils.pretrain {config.name}",
         "architecture": {"class": type(model).__name__, "shape": shape, "parameters": model.num_parameters()},

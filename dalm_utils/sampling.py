@@ -138,7 +138,7 @@ def draw(
     if temperature == 0:
         chosen = probability.argmax(-1)
     else:
-        weights = (logits.double() / temperature).softmax(-1)
+        weights = probability if temperature == 1 else (logits.double() / temperature).softmax(-1)
         weights = _keep_top(weights, top_p, top_k) if top_p or top_k else weights
         cumulative = weights.cumsum(-1)
         threshold = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(logits.device)

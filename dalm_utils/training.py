@@ -10,13 +10,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_model
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import checkpoint
@@ -67,12 +69,13 @@ def train_arms(
 ) -> dict[str, History]:
     """Train several arms step by step in turn, in one process: same batches, times, masks and annealing draws.
 
-    Each arm builds its own model with `build`; arms with the same seed, text, length and batch are paired.
+    Each arm builds its own model with `build` and keeps its own folder, `<config.name>-<arm>`; arms with the same
+    seed, text, length and batch are paired.
     """
     accelerator = _accelerator(next(iter(configs.values())))
     runs = {}
     for name, config in configs.items():
-        runs[name] = _Run(*build(config), config.replace(name=name), accelerator, resume)
+        runs[name] = _Run(*build(config), config.replace(name=f"{config.name}-{name}"), accelerator, resume)
     for _ in _steps(runs):
         if on_log is not None:
             on_log({name: run.history for name, run in runs.items()})
@@ -164,17 +167,21 @@ class _Run:
         if config.compile:
             for block in _transformer_blocks(model):
                 block.compile()
-        self.objective, self.optimizer = accelerator.prepare(
-            _Objective(model, config.shift or self.is_ar), _adamw(model, config)
-        )
-        amp = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        self.mask_dtype = amp[accelerator.mixed_precision]
+        self.adamw = _adamw(model, config)
+        module = _Objective(model, config.shift or self.is_ar)
+        self.objective, self.optimizer = accelerator.prepare(module, self.adamw)
+        self.precision = pick_precision(config.precision, accelerator.device)
+        self.mask_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
-        self.step, self.seconds, self.best, self.skipped = 0, 0.0, math.inf, 0
-        self.window_loss, self.window_steps = torch.zeros((), device=accelerator.device), 0
+        self.step, self.seconds, self.best, self.window_steps = 0, 0.0, math.inf, 0
+        self.window_loss = torch.zeros((), device=accelerator.device)
+        self.skipped = torch.zeros((), dtype=torch.long, device=accelerator.device)
         self.order: tuple[int, Tensor] = (-1, torch.empty(0))
-        self.history = History(self.folder / "history.jsonl")
-        self._open_folder(resume)
+        settings = {name: value for name, value in vars(config).items() if name not in FREE_FIELDS}
+        if self.is_main:
+            checkpoint.open_run(self.folder, settings, resume)
+        accelerator.wait_for_everyone()
+        self._restore(checkpoint.newest(self.folder))
 
     # -- one step ---------------------------------------------------------------------------------------
     def advance(self) -> bool:
@@ -182,74 +189,73 @@ class _Run:
         start = time.perf_counter()
         norm = self._optimize()
         self.step += 1
+        log, evaluate, save = (self._is_due(every) for every in ("log_every", "eval_every", "save_every"))
+        sample = self.config.sample_every > 0 and self.step % self.config.sample_every == 0 and not self.is_ar
+        if log:
+            norm = norm.item()  # waits for the device, so that the clock is honest
         self.seconds += time.perf_counter() - start
-        due = {
-            name: self.step % every == 0 or self.step == self.total
-            for name, every in (
-                ("log", self.config.log_every),
-                ("eval", self.config.eval_every),
-                ("save", self.config.save_every),
-            )
-        }
-        due["sample"] = self.config.sample_every > 0 and self.step % self.config.sample_every == 0
-        if any(due.values()):
-            self._record(norm, **due)
-        if due["save"]:
+        if log or evaluate or sample:
+            record = {"step": self.step, "tokens": self.step * self.global_batch * self.config.length}
+            record |= self._progress(norm, record["tokens"]) if log else {}
+            record |= self._evaluate() if evaluate else {}
+            record |= self._sample() if sample else {}
+            if self.is_main:
+                self.history.append(record)
+        if save:
             self.save()
-        return any(due.values())
+        return log or evaluate or sample
 
-    def _optimize(self) -> float:
+    def _is_due(self, every: str) -> bool:
+        return self.step % getattr(self.config, every) == 0 or self.step == self.total
+
+    def _optimize(self) -> Tensor:
+        """One optimizer step, without waiting for the device; returns the gradient norm."""
         config, accelerator = self.config, self.accelerator
         tokens, noised, masked, times, count = self._batch()
-        attention_mask = (
-            None
-            if self.is_ar
-            else annealed_mask(
-                config.length,
-                anneal_ratio(self.step, config.anneal_steps),
-                dtype=self.mask_dtype,
-                device=accelerator.device,
-                generator=seeded(config.seed, self.step, "annealing"),
-            )
-        )
+        attention_mask = self._attention_mask()
         torch.manual_seed(seeded(config.seed, self.step, f"dropout {accelerator.process_index}").initial_seed())
         self.objective.train()
         for part, share in enumerate(self._shares(tokens, noised, masked, times)):
             last = part == config.accumulate - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.objective):
                 total = self.objective(*share, attention_mask)
-                loss = total * (
-                    accelerator.num_processes / count
-                )  # processes are averaged, so this makes a global mean
+                loss = total * (accelerator.num_processes / count)  # gradients are averaged over processes
                 accelerator.backward(loss)
-            self.window_loss += loss.detach().to(self.window_loss.device)
+            self.window_loss += loss.detach()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.step, self.total)
         norm = accelerator.clip_grad_norm_(self.objective.parameters(), config.clip)
-        if torch.isfinite(norm) or accelerator.scaler is not None:  # the FP16 scaler skips bad steps by itself
-            self.optimizer.step()
-            self.skipped += bool(accelerator.optimizer_step_was_skipped)
-        else:
-            self.skipped += 1
+        unusable = ~torch.isfinite(norm)
+        if accelerator.scaler is None:
+            self.adamw.found_inf = unusable.float()  # as the FP16 scaler does: the fused kernel then changes nothing
+        self.optimizer.step()
         self.optimizer.zero_grad()
+        self.skipped += unusable
         self.window_steps += 1
-        return float(norm)
+        return norm
 
-    def _batch(self):
-        """The global batch of this step, whatever the number of processes: clean, noised, masked, times, count."""
-        config = self.config
-        first = self.step * self.global_batch
-        tokens = self.blocks[[self._block_at(first + i) for i in range(self.global_batch)]]  # [G, L]
+    def _attention_mask(self) -> Tensor | None:
+        if self.is_ar:
+            return None  # a causal model is causal by itself
+        return annealed_mask(
+            self.config.length,
+            anneal_ratio(self.step, self.config.anneal_steps),
+            dtype=self.mask_dtype,
+            device=self.accelerator.device,
+            generator=seeded(self.config.seed, self.step, "annealing"),
+        )
+
+    def _batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+        """The global batch of this step, whatever the number of processes: tokens, noised, masked, times, count."""
+        config, step = self.config, self.step
+        tokens = self.blocks[[self._block_at(step * self.global_batch + i) for i in range(self.global_batch)]]  # [G, L]
+        maskable = default_maskable(tokens)
         if self.is_ar:  # nothing hidden, everything predicted, causal attention: the next-token loss
-            masked = default_maskable(tokens)
-            return tokens, tokens, masked, torch.ones(len(tokens)), masked.sum().item()
-        times = sample_times(
-            len(tokens), method=config.times, eps=config.eps, generator=seeded(config.seed, self.step, "times")
-        )
-        noised, masked = corrupt(
-            tokens, times, self.model.config.mask_token_id, generator=seeded(config.seed, self.step, "corruption")
-        )
-        count = (default_maskable(tokens) if config.normalize == "maskable" else masked).sum().item()
+            return tokens, tokens, maskable, torch.ones(len(tokens)), int(maskable.sum())
+        draws = {purpose: seeded(config.seed, step, purpose) for purpose in ("times", "corruption")}
+        times = sample_times(len(tokens), method=config.times, eps=config.eps, generator=draws["times"])
+        noised, masked = corrupt(tokens, times, self.model.config.mask_token_id, generator=draws["corruption"])
+        count = int((maskable if config.normalize == "maskable" else masked).sum())
         return tokens, noised, masked, times, max(count, 1)
 
     def _block_at(self, position: int) -> int:
@@ -267,43 +273,37 @@ class _Run:
             yield [tensor[start : start + size].to(accelerator.device, non_blocking=True) for tensor in tensors]
 
     # -- records ----------------------------------------------------------------------------------------
-    def _record(self, norm: float, log: bool, eval: bool, save: bool, sample: bool) -> None:
-        config = self.config
-        steps = max(1, self.window_steps)
-        record = {"step": self.step, "tokens": self.step * self.global_batch * config.length}
-        if log:
-            loss = self.accelerator.reduce(self.window_loss, "mean").item() / steps
-            record |= {"loss": loss, "grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"]}
-            record |= {} if self.is_ar else {"ratio": anneal_ratio(self.step - 1, config.anneal_steps)}
-            record |= {"skipped": self.skipped, "seconds": round(self.seconds, 3)}
-            record |= {"tokens_per_second": round(record["tokens"] / self.seconds)}
-            self.window_loss.zero_()
-            self.window_steps = 0
-        if eval:
-            record |= self._evaluate()
-        if sample and not self.is_ar:
-            written = generate(
-                self.model, self.tokenizer, length=min(64, config.length - 1), steps=32, seed=config.seed
-            )
-            record["sample"] = written.text[0]
-        if self.is_main and (log or eval or sample):
-            self.history.append(record)
+    def _progress(self, norm: float, tokens: int) -> dict:
+        loss = self.accelerator.reduce(self.window_loss, "mean").item() / self.window_steps
+        self.window_loss.zero_()
+        self.window_steps = 0
+        ratio = {} if self.is_ar else {"ratio": anneal_ratio(self.step - 1, self.config.anneal_steps)}
+        return {
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            **ratio,
+            "skipped": int(self.skipped),
+            "seconds": round(self.seconds, 3),
+            "tokens_per_second": round(tokens / self.seconds),
+        }
 
     def _evaluate(self) -> dict:
-        precision = {"no": "fp32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision)
-        if self.is_ar:
-            key, score = "nll", ar_nll(self.model, self.tokenizer, self.held_out, precision=precision)
-        else:
-            key, score = (
-                "nelbo",
-                nelbo(
-                    self.model, self.tokenizer, self.held_out, num_samples=self.config.eval_samples, precision=precision
-                ),
-            )
+        key, measure = (
+            ("nll", ar_nll) if self.is_ar else ("nelbo", partial(nelbo, num_samples=self.config.eval_samples))
+        )
+        score = measure(self.model, self.tokenizer, self.held_out, precision=self.precision)
         if score.mean < self.best:
             self.best = score.mean
             self._write(self.folder / "best", lambda folder: save_diffusion(self.model, self.tokenizer, folder))
         return {key: score.mean, f"{key}_stderr": score.stderr, "bits_per_byte": score.bits_per_byte}
+
+    def _sample(self) -> dict:
+        length = min(64, self.config.length - 1)
+        written = generate(
+            self.model, self.tokenizer, length=length, steps=32, seed=self.config.seed, precision=self.precision
+        )
+        return {"sample": written.text[0]}
 
     # -- the folder -------------------------------------------------------------------------------------
     def save(self) -> None:
@@ -322,37 +322,14 @@ class _Run:
     def _fill(self, folder: Path) -> None:
         save_diffusion(self.model, self.tokenizer, folder)
         torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
-        state = {name: getattr(self, name) for name in ("step", "seconds", "best", "skipped", "window_steps")}
-        state["window_loss"] = self.window_loss.item()
+        state = {name: getattr(self, name) for name in ("step", "seconds", "best", "window_steps")}
+        state |= {"window_loss": self.window_loss.item(), "skipped": self.skipped.item()}
         state["scaler"] = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
         (folder / "state.json").write_text(json.dumps(state))
 
-    def _open_folder(self, resume: str) -> None:
-        if resume not in ("auto", "never"):
-            raise ValueError(f"resume must be auto or never, got {resume!r}")
-        written = self.folder / "config.json"
-        settings = {k: v for k, v in vars(self.config).items() if k not in FREE_FIELDS}
-        if written.exists() and resume == "never":
-            number = next(
-                n for n in range(1, 10**6) if not self.folder.with_name(f"{self.folder.name}.old{n}").exists()
-            )
-            self.folder.rename(self.folder.with_name(f"{self.folder.name}.old{number}"))
-        if written.exists():
-            before = json.loads(written.read_text())
-            changed = [f"{k}: {before.get(k)!r} then, {v!r} now" for k, v in settings.items() if before.get(k) != v]
-            if changed:
-                raise ValueError(
-                    f"the run {self.config.name!r} exists with other settings ({'; '.join(changed)}). "
-                    "Give this one another `name`, or pass resume='never' to move the old run aside."
-                )
-            self._restore(checkpoint.newest(self.folder))
-        elif self.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            written.write_text(json.dumps(settings, indent=1))
-        self.accelerator.wait_for_everyone()
-
     def _restore(self, folder: Path | None) -> None:
-        self.history = History.load(self.folder / "history.jsonl", until=0 if folder is None else int(folder.name[5:]))
+        until = 0 if folder is None else int(folder.name.removeprefix("step-"))
+        self.history = History.load(self.folder / "history.jsonl", until)
         if self.is_main:
             self.history.rewrite()
         if folder is None:
@@ -360,9 +337,10 @@ class _Run:
         load_model(self.model, folder / "model.safetensors")
         self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
         state = json.loads((folder / "state.json").read_text())
-        for name in ("step", "seconds", "best", "skipped", "window_steps"):
+        for name in ("step", "seconds", "best", "window_steps"):
             setattr(self, name, state[name])
         self.window_loss.fill_(state["window_loss"])
+        self.skipped.fill_(state["skipped"])
         if state["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -388,9 +366,12 @@ class _Run:
 
 # ------------------------------------------------------------------------------------------------- helpers
 def _accelerator(config: RunConfig) -> Accelerator:
+    """One accelerator serves all arms of a call; a later call in the same process may want another precision."""
     device = pick_device(config.device)
-    precision = pick_precision(config.precision, device)
-    return Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision), cpu=device.type == "cpu")
+    precision = {"fp32": "no"}.get(name := pick_precision(config.precision, device), name)
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
 
 
 def _adamw(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
@@ -405,8 +386,9 @@ def _set_dropout(model: nn.Module, share: float) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = share
-        elif isinstance(getattr(module, "dropout", None), float):  # OPT and Llama keep the rate as a number
-            module.dropout = share
+        for name in ("dropout", "attention_dropout"):  # OPT and Llama keep a number
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, share)
 
 
 def _transformer_blocks(model: nn.Module) -> nn.ModuleList:
