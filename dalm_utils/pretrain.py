@@ -97,6 +97,7 @@ def ship(config: RunConfig, shape: str | None, **extra) -> Path:
     if history.records[-1]["step"] < config.steps:
         raise SystemExit("not finished; the same command continues")
     model, tokenizer = load_base(str(config.folder / "best"), hub="local")
+    model = model.half().float()  # what ships is in half precision: measure that
     corpus = load_corpus(config.text, tokenizer)
     held_out = corpus.blocks("validation", config.length)
     score = (ar_nll if config.objective == "ar" else nelbo)(model, tokenizer, held_out)
