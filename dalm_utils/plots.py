@@ -125,8 +125,8 @@ def curves(histories: dict[str, History], ar_nll: float | None = None, ratio_of:
         right.axhline(ar_nll, color=RED, linestyle="--", label=f"AR model: {ar_nll:.2f}")
     right.set(xlabel="optimizer step", ylabel="nats per token", title="held-out NELBO (lower is better)")
     _token_axis(right, next(iter(histories.values())))
-    left.legend()
-    right.legend()
+    left.legend(loc="center right")
+    right.legend(loc="center right")
     _show(figure)
 
 

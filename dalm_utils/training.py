@@ -61,6 +61,8 @@ def train(
     run = _Run(model, tokenizer, config, _accelerator(config), resume)
     for _ in _steps({config.name: run}, on_log):
         pass
+    if on_log is not None and run.history.records:
+        on_log(run.history, config)  # also when there was nothing left to do
     return run.history
 
 
