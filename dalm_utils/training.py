@@ -59,10 +59,9 @@ def train(
             model has too few positions, or the text too few tokens.
     """
     run = _Run(model, tokenizer, config, _accelerator(config), resume)
-    for _ in _steps({config.name: run}, on_log):
-        pass
-    if on_log is not None and run.history.records:
-        on_log(run.history, config)  # also when there was nothing left to do
+    steps_taken = sum(1 for _ in _steps({config.name: run}, on_log))
+    if steps_taken == 0 and on_log is not None and run.history.records:
+        on_log(run.history, config)  # a finished run shows its curve again
     return run.history
 
 

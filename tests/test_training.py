@@ -76,8 +76,9 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path, stop, precision
     history = train(model, tokenizer, config)
     assert comparable(history) == comparable(expected)
     assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in model.state_dict().items())
-    finished = train(*tiny_diffusion(), config)  # nothing left to do
-    assert comparable(finished) == comparable(expected)
+    shown = []
+    finished = train(*tiny_diffusion(), config, on_log=lambda history, config: shown.append(history))
+    assert comparable(finished) == comparable(expected) and shown == [finished]  # nothing to do but to show its curve
 
 
 def test_a_finished_or_other_run_is_not_overwritten(tmp_path):
