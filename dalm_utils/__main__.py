@@ -149,15 +149,18 @@ def _notebook(options) -> None:
     )
     client.on_cell_start = announce
     target = options.path if options.in_place else PROJECT / "checkpoints" / "runs" / options.path.name
+    failure = None
     try:
         client.execute()
     except CellExecutionError as error:
-        raise RuntimeError(f"a cell of {options.path.name} failed:\n{error}") from None
-    finally:
+        failure = RuntimeError(f"a cell of {options.path.name} failed:\n{error}")
+    if failure is None or not options.in_place:  # a notebook under git is replaced by a whole run only
         target.parent.mkdir(parents=True, exist_ok=True)
         for cell in notebook.cells:  # when and how fast cells ran is nobody's business but the terminal's
             cell.metadata.pop("execution", None)
         nbformat.write(notebook, target)
+    if failure is not None:
+        raise failure
     if not options.in_place:
         page, _ = HTMLExporter(template_name="classic").from_notebook_node(notebook)
         target.with_suffix(".html").write_text(page)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,7 +52,7 @@ class Estimate:
 def nelbo(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    blocks: Iterable[Tensor] | Tensor,
+    blocks: Sequence[Tensor] | Tensor,
     *,
     num_samples: int = 8,
     seed: int = 0,
@@ -67,7 +67,7 @@ def nelbo(
     unbiased, with much less variance than drawing times and coins.  The same seed gives every model the same masks.
 
     Args:
-        blocks: `[N, L]` long, or something that yields `[L]`; position 0 is the begin token.
+        blocks: `[N, L]` long, or a sequence of `[L]` such as `Blocks`; position 0 is the begin token.
         num_samples: masks drawn per block.
         batch_size: sequences in one forward pass.
         precision: of the matrix products; see `RunConfig.precision`.
@@ -90,14 +90,14 @@ def nelbo(
 def ar_nll(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    blocks: Iterable[Tensor] | Tensor,
+    blocks: Sequence[Tensor] | Tensor,
     *,
     batch_size: int = 32,
     precision: str = "auto",
 ) -> Estimate:
     """The negative log-likelihood per token of an autoregressive model, on the same tokens as `nelbo`."""
     blocks = _stack(blocks)
-    causal = annealed_mask(blocks.shape[1], 0.0, device=model.device)
+    causal = annealed_mask(blocks.shape[1], 0.0, dtype=model.dtype, device=model.device)
     means = _token_means(model, blocks, blocks, default_maskable(blocks), causal, True, batch_size, precision)
     return _estimate(means, tokenizer, blocks)
 
@@ -127,8 +127,9 @@ def _estimate(means: Tensor, tokenizer: PreTrainedTokenizerBase, blocks: Tensor)
     return Estimate(means.numpy(), blocks[:, 1:].numel(), num_bytes)
 
 
-def _stack(blocks: Iterable[Tensor] | Tensor) -> Tensor:
-    return blocks if isinstance(blocks, Tensor) else torch.stack([blocks[i] for i in range(len(blocks))])
+def _stack(blocks: Sequence[Tensor] | Tensor) -> Tensor:
+    blocks = blocks if isinstance(blocks, Tensor) else torch.stack([blocks[i] for i in range(len(blocks))])
+    return blocks.cpu()
 
 
 def paired_difference(first: Estimate, second: Estimate) -> tuple[float, float]:

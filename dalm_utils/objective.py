@@ -181,6 +181,7 @@ def diffusion_loss(
         1.0 / times[rows],
         _mask_id(model),
         _matmul_dtype(sources),
+        torch.is_grad_enabled(),
     )
 
     # 4. Divide by a count that does not depend on the draw.
@@ -197,11 +198,10 @@ class _WeightedNLL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, weights, mask_id, dtype):
+    def forward(ctx, hidden, weight, bias, targets, weights, mask_id, dtype, needs_grad):
         matrix = weight.to(dtype)  # [V, D]
         rows = max(64, CHUNK_ELEMENTS[hidden.device.type] // len(matrix))
         nll = torch.empty(len(hidden), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
-        needs_grad = any(ctx.needs_input_grad[:3])
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight) if needs_grad else None
         grad_bias = torch.zeros_like(bias) if needs_grad and bias is not None else None
@@ -226,4 +226,4 @@ class _WeightedNLL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total, _):
         grads = [None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors]
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None

@@ -63,12 +63,12 @@ def generate(
             same number each step (arXiv 2202.04200).  Often better text, but biased: it does not sample the
             model's distribution.
 
-    Only positions about to be revealed meet the head, and a step that reveals nothing costs nothing.  Tokens
-    are drawn in float64, because float32 noise lowers the effective temperature (arXiv 2409.02908).
+    In random order only positions about to be revealed meet the head; a step that reveals nothing costs nothing.
+    Tokens are drawn in float64, because float32 noise lowers the effective temperature (arXiv 2409.02908).
 
     Args:
         length: tokens to write.
-        steps: denoising steps; more than `length` cannot help.
+        steps: denoising steps; in random order some positions share a step even when there are as many steps.
         temperature: divides the logits; 0 takes the most probable token.
         top_p, top_k: keep the smallest set of tokens with this probability; this many tokens.
 

@@ -336,7 +336,7 @@ class _Run:
         if folder is None:
             return
         load_model(self.model, folder / "model.safetensors")
-        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
         state = json.loads((folder / "state.json").read_text())
         for name in ("step", "seconds", "best", "window_steps"):
             setattr(self, name, state[name])
@@ -350,6 +350,10 @@ class _Run:
         room = getattr(model.config, "max_position_embeddings", config.length)
         if config.length > room:
             raise ValueError(f"length {config.length} is more than the model's {room} positions; lower `length`")
+        if self.is_ar and getattr(model.config, "mask_token_id", None) is not None:
+            raise ValueError(
+                "objective 'ar' needs an AR model; a diffusion model sees the tokens it would have to predict"
+            )
         if not self.is_ar and getattr(model.config, "mask_token_id", None) is None:
             raise ValueError(
                 "this model has no [MASK] token; make it a diffusion model first: as_diffusion(model, tokenizer)"

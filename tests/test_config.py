@@ -10,7 +10,7 @@ def test_every_profile_makes_a_config():
             assert load_config(notebook, profile).name == f"{notebook}-{profile}"
 
 
-def test_the_full_profile_is_the_papers_recipe():
+def test_the_full_profile_is_what_the_readme_says():
     config = load_config("gpt2", "full")
     assert (config.base, config.epochs, config.anneal_steps, config.precision) == ("gpt2", 10, 10_000, "fp16")
     assert (config.batch, config.learning_rate, config.length) == (8, 5e-5, 512)

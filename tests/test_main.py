@@ -83,8 +83,12 @@ def test_a_notebook_runs_with_progress_and_becomes_a_page(tmp_path, monkeypatch,
     assert "where to look" in target.with_suffix(".html").read_text()
 
 
-def test_a_failing_notebook_names_the_cell(tmp_path, monkeypatch, capsys):
+def test_a_failing_notebook_says_which_line_and_keeps_the_stored_one(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("dalm_utils.__main__.PROJECT", tmp_path)
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")]), tmp_path / "bad.ipynb")
     assert main(["notebook", str(tmp_path / "bad.ipynb")]) == 1
-    assert "bad.ipynb failed" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "bad.ipynb failed" in error and "1 / 0" in error
+    stored = (tmp_path / "bad.ipynb").read_bytes()
+    assert main(["notebook", "--in-place", str(tmp_path / "bad.ipynb")]) == 1
+    assert (tmp_path / "bad.ipynb").read_bytes() == stored

@@ -99,6 +99,19 @@ def test_in_bf16_the_loss_and_its_gradient_stay_close():
     assert F.cosine_similarity(gradient.flatten(), model.get_input_embeddings().weight.grad.flatten(), 0) > 0.995
 
 
+def test_without_gradients_none_are_computed(monkeypatch):
+    model, _ = tiny_diffusion()
+    batch = noisy_batch()
+    with_gradients = diffusion_loss(model, *batch).loss.item()
+    monkeypatch.setattr(torch, "zeros_like", None)  # what a gradient's buffer is made with
+    with torch.no_grad():
+        loss = objective._WeightedNLL.apply(
+            torch.randn(5, 16), model.get_output_embeddings().weight, None, torch.arange(5), torch.ones(5), None,
+            torch.float32, torch.is_grad_enabled(),
+        )[0]  # fmt: skip
+    assert loss > 0 and with_gradients > 0
+
+
 # -- the NELBO is the any-order autoregressive likelihood ----------------------------------------------------
 N, DATA, BEGIN, MASK = 4, 3, 3, 4  # four tokens from a vocabulary of three
 

@@ -181,6 +181,8 @@ def test_models_that_do_not_fit_are_refused(tmp_path):
         train(tiny_model(vocab=320), tiny_tokenizer(), tiny_config(tmp_path))
     with pytest.raises(ValueError, match="do not belong together"):
         train(tiny_model(vocab=61), tiny_tokenizer(), tiny_config(tmp_path, objective="ar"))
+    with pytest.raises(ValueError, match="needs an AR model"):
+        train(*tiny_diffusion(), tiny_config(tmp_path, objective="ar"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
