@@ -118,9 +118,7 @@ def documents(source: str, field: str = "text", skips: Skips | None = None) -> I
     if source == "docstrings":
         yield from docstrings()
         return
-    path = next((p for p in (Path(source), PROJECT / source) if p.exists()), None)
-    if path is None:
-        raise FileNotFoundError(f"no text at {source!r}: give 'docstrings', a .jsonl file, or a folder of text files")
+    path = _locate(source)
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".rst", ".tex"))
         if not files:
@@ -137,6 +135,13 @@ def documents(source: str, field: str = "text", skips: Skips | None = None) -> I
             yield parse(raw)
         except ValueError as error:
             skips.add(place, str(error))
+
+
+def _locate(source: str) -> Path:
+    path = next((p for p in (Path(source), PROJECT / source) if p.exists()), None)
+    if path is None:
+        raise FileNotFoundError(f"no text at {source!r}: give 'docstrings', a .jsonl file, or a folder of text files")
+    return path
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -307,9 +312,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 def _identify(source: str, field: str) -> dict:
     if source == "docstrings":
         return {name: importlib.metadata.version(name).split("+")[0] for name in PACKAGES}
-    path = next((p for p in (Path(source), PROJECT / source) if p.exists()), None)
-    if path is None:
-        raise FileNotFoundError(f"no text at {source!r}: give 'docstrings', a .jsonl file, or a folder of text files")
+    path = _locate(source)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     stats = [(p.relative_to(path.parent).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return {"field": field, "files": _digest(json.dumps(stats)), "name": path.name}

@@ -15,7 +15,7 @@ from .checkpoint import History
 from .config import RunConfig
 from .sampling import Samples
 
-BLUE, ORANGE, GREEN, GREY, RED = "#2563a8", "#d9822b", "#3a8f5c", "#8a8f98", "#b23b3b"
+COLORS = BLUE, ORANGE, GREEN, GREY, RED = "#2563a8", "#d9822b", "#3a8f5c", "#8a8f98", "#b23b3b"
 plt.rcParams |= {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -116,7 +116,7 @@ def curves(histories: dict[str, History], ar_nll: float | None = None, ratio_of:
         twin.set(ylim=(0, 1.05), ylabel="annealing ratio (dotted)")
         twin.grid(False)
         twin.spines["right"].set_visible(True)
-    for (name, history), color in zip(histories.items(), _colors(), strict=False):
+    for (name, history), color in zip(histories.items(), COLORS, strict=False):
         steps, means = history.series("nelbo")
         right.errorbar(
             steps, means, yerr=history.series("nelbo_stderr")[1], color=color, marker="o", capsize=3, label=name
@@ -131,7 +131,7 @@ def curves(histories: dict[str, History], ar_nll: float | None = None, ratio_of:
 
 
 def _draw_loss(axis, histories: dict[str, History], evaluated: bool = True) -> None:
-    for (name, history), color in zip(histories.items(), _colors(), strict=False):
+    for (name, history), color in zip(histories.items(), COLORS, strict=False):
         axis.plot(*history.series("loss"), color=color, alpha=0.35, lw=1)
         axis.plot(*_smooth(*history.series("loss")), color=color, lw=2, label=f"{name}: training loss")
         if evaluated and history.series("nelbo")[0]:
@@ -165,7 +165,7 @@ def quality_vs_steps(rows: list[dict], references: dict[str, dict]) -> None:
     }
     figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.8))
     for axis, (key, title) in zip(axes, panels.items(), strict=True):
-        for order, color in zip(dict.fromkeys(row["order"] for row in rows), _colors(), strict=False):
+        for order, color in zip(dict.fromkeys(row["order"] for row in rows), COLORS, strict=False):
             points = [(row["steps"], row[key]) for row in rows if row["order"] == order]
             axis.plot(*zip(*points, strict=True), "o-", color=color, label=order)
         for (name, figures), style in zip(references.items(), ("--", ":"), strict=False):
@@ -215,10 +215,6 @@ def viewer(samples: Samples, tokenizer, row: int = 0) -> None:
         f"<input type='range' min='0' max='{total}' value='{total}' style='width:60%' oninput=\"{script}\"></label>"
     )
     display(HTML(f"<div>{slider}<pre id='{key}' style='{_PAPER}'>{''.join(spans)}</pre></div>"))
-
-
-def _colors():
-    return (BLUE, ORANGE, GREEN, GREY, RED)
 
 
 def _show(figure) -> None:
