@@ -108,7 +108,7 @@ def curves(histories: dict[str, History], ar_nll: float | None = None, ratio_of:
         ar_nll: nats per token of the AR model on the same blocks, drawn as the line to compare with.
         ratio_of: the run whose annealing ratio is drawn over the training loss.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4))
     _draw_loss(left, histories, evaluated=False)
     if ratio_of is not None:
         twin = left.twinx()
@@ -125,8 +125,8 @@ def curves(histories: dict[str, History], ar_nll: float | None = None, ratio_of:
         right.axhline(ar_nll, color=RED, linestyle="--", label=f"AR model: {ar_nll:.2f}")
     right.set(xlabel="optimizer step", ylabel="nats per token", title="held-out NELBO (lower is better)")
     _token_axis(right, next(iter(histories.values())))
-    left.legend(loc="center right")
-    right.legend(loc="center right")
+    for axis in (left, right):  # below the panel, where no curve runs
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
     _show(figure)
 
 
