@@ -6,6 +6,7 @@ import ast
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -28,17 +29,19 @@ from transformers import PreTrainedTokenizerBase
 from .backbone import begin_id
 from .config import PROJECT
 
-VERSION = 1  # of this file's output: raise it when a change alters what is written
+VERSION = 2  # of this file's output: raise it when a change alters what is written
 CACHE = PROJECT / "data" / "cache"
 PACKAGES = ("numpy", "networkx", "sympy", "matplotlib", "torch", "pandas", "transformers", "accelerate", "datasets")
 MIN_CHARACTERS = 200  # a shorter docstring says too little to learn from
 HELD_OUT = {"validation": 2, "test": 2}  # percent of the documents
-SKIP_LIMIT = 100  # unreadable lines or files that are passed over before it is an error
+SKIP_LIMIT = 100  # unreadable lines or files that are passed over, or this share of all, before it is an error
+SKIP_SHARE = 0.01
+LONGEST_LINE = 64 * 2**20  # bytes; a longer line is no document but a damaged file
 SPLITS = ("train", "validation", "test")
 
 
 # ------------------------------------------------------------------------------------------------ blocks
-class Blocks(torch.utils.data.Dataset):
+class Blocks:
     """Fixed-length blocks cut from one long array of tokens; position 0 of each is the begin token.
 
     `blocks[i]` is `[L]` long; `blocks[[i, j, ...]]` is `[B, L]`.
@@ -48,17 +51,15 @@ class Blocks(torch.utils.data.Dataset):
         self.tokens, self.length, self.begin = tokens, length, begin
         self.count = min(len(tokens) // (length - 1), limit or len(tokens))
         if self.count == 0:
-            raise ValueError(
-                f"the text has {len(tokens)} tokens, too few for one block of {length}; add text or lower `length`"
-            )
+            raise ValueError(f"{len(tokens)} tokens are too few for one block of {length}")
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index) -> Tensor:
         rows = np.atleast_1d(np.asarray(index))
-        if rows.max(initial=0) >= self.count:
-            raise IndexError(f"block {rows.max()} of {self.count}")
+        if rows.max(initial=0) >= self.count or rows.min(initial=0) < 0:
+            raise IndexError(f"no block {rows.max() if rows.min() >= 0 else rows.min()} among {self.count}")
         inside = rows[:, None] * (self.length - 1) + np.arange(self.length - 1)  # [B, L - 1]
         block = np.full((len(rows), self.length), self.begin, dtype=np.int64)
         block[:, 1:] = self.tokens[inside]
@@ -74,30 +75,44 @@ class Corpus:
     begin: int
 
     def blocks(self, split: str, length: int, limit: int | None = None) -> Blocks:
-        """Blocks of `length` tokens of a split ("train", "validation" or "test"); at most `limit`."""
+        """Blocks of `length` tokens of a split ("train", "validation" or "test"); at most `limit`.
+
+        Raises:
+            ValueError: the split has too few tokens for a single block.
+        """
         tokens = (
             np.memmap(self.folder / f"{split}.bin", dtype=self.facts["dtype"], mode="r")
             if self.facts["tokens"][split]
             else np.empty(0, int)
         )
+        if len(tokens) < length - 1:
+            share = f" (it gets {HELD_OUT[split]}% of the documents)" if split in HELD_OUT else ""
+            raise ValueError(
+                f"the {split} split of {self.facts['name']!r} has {len(tokens)} tokens{share}, too few for one block "
+                f"of {length}; add text or lower `length`"
+            )
         return Blocks(tokens, length, self.begin, limit)
 
 
 # ------------------------------------------------------------------------------------------- documents
 @dataclass
 class Skips:
-    """What could not be read: counted, the first places remembered, and an error past the limit."""
+    """What could not be read: counted, the first places remembered, and an error past the limit.
+
+    The limit is `limit` documents or `SKIP_SHARE` of those read so far, whichever is more.
+    """
 
     limit: int = SKIP_LIMIT
+    read: int = 0
     reasons: Counter = dataclass_field(default_factory=Counter)
     places: list[str] = dataclass_field(default_factory=list)
 
     def add(self, place: str, reason: str) -> None:
         self.reasons[reason] += 1
         self.places = [*self.places, f"{place}: {reason}"][:10]
-        if self.reasons.total() > self.limit:
+        if self.reasons.total() > max(self.limit, SKIP_SHARE * self.read):
             raise ValueError(
-                f"more than {self.limit} unreadable documents: {dict(self.reasons)}. The first: "
+                f"{self.reasons.total()} of {self.read} documents cannot be read: {dict(self.reasons)}. The first: "
                 + "; ".join(self.places)
             )
 
@@ -109,7 +124,7 @@ def documents(source: str, field: str = "text", skips: Skips | None = None) -> I
         source: "docstrings"; a .jsonl file with one object a line; or a folder of .txt, .md, .rst and .tex files.
         field: the field of a JSON line that holds the text.
         skips: collects what was passed over (a line that is not JSON, a missing field, an empty document,
-            bytes that are not UTF-8).
+            bytes that are not UTF-8, a line of more than `LONGEST_LINE` bytes).
 
     Raises:
         FileNotFoundError, ValueError: no such source, or nothing in it that can be read.
@@ -131,6 +146,7 @@ def documents(source: str, field: str = "text", skips: Skips | None = None) -> I
     else:
         raise ValueError(f"{source!r} is neither a .jsonl file nor a folder")
     for place, raw in lines:
+        skips.read += 1
         try:
             yield parse(raw)
         except ValueError as error:
@@ -145,12 +161,21 @@ def _locate(source: str) -> Path:
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Each line with its place; of a line that is too long no more than `LONGEST_LINE` + 1 bytes are ever held."""
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number in itertools.count(1):
+            line = file.readline(LONGEST_LINE + 1)
+            if not line:
+                return
+            rest = line
+            while len(line) > LONGEST_LINE and rest and not rest.endswith(b"\n"):
+                rest = file.readline(LONGEST_LINE)
             yield f"{path.name}:{number}", line
 
 
 def _parse_text(raw: bytes) -> str:
+    if len(raw) > LONGEST_LINE:
+        raise ValueError(f"longer than {LONGEST_LINE // 2**20} MiB")
     try:
         text = raw.decode("utf-8").strip()
     except UnicodeDecodeError:
@@ -276,12 +301,15 @@ def load_corpus(source: str, tokenizer: PreTrainedTokenizerBase, *, field: str =
 def _write(folder: Path, source: str, field: str, tokenizer, facts: dict) -> None:
     skips = Skips()
     dtype = np.uint16 if len(tokenizer) < 2**16 else np.uint32
+    digest = hashlib.blake2b(digest_size=8)  # of the tokens: two copies of a text are the same text
     counts = {name: dict.fromkeys(SPLITS, 0) for name in ("documents", "tokens", "bytes")}
     files = {split: (folder / f"{split}.bin").open("wb") for split in SPLITS}
     for batch in _batched(tqdm(clean_documents(source, field, skips), "tokenising", leave=False), 512):
         for text, ids in zip(batch, encode(tokenizer, batch), strict=True):
             split = split_of(text)
-            files[split].write(np.asarray([*ids, begin_id(tokenizer)], dtype=dtype).tobytes())
+            written = np.asarray([*ids, begin_id(tokenizer)], dtype=dtype).tobytes()
+            files[split].write(written)
+            digest.update(written)
             counts["documents"][split] += 1
             counts["tokens"][split] += len(ids) + 1
             counts["bytes"][split] += len(text.encode("utf-8", "replace"))
@@ -289,7 +317,14 @@ def _write(folder: Path, source: str, field: str, tokenizer, facts: dict) -> Non
         file.close()
     if not counts["documents"]["train"]:
         raise ValueError(f"no document to train on in {source!r}; skipped: {dict(skips.reasons) or 'none'}")
-    facts |= {"dtype": np.dtype(dtype).name, **counts, "skipped": dict(skips.reasons), "skipped_at": skips.places}
+    facts |= {
+        "name": source,
+        "dtype": np.dtype(dtype).name,
+        "digest": digest.hexdigest(),
+        **counts,
+        "skipped": dict(skips.reasons),
+        "skipped_at": skips.places,
+    }
     (folder / "facts.json").write_text(json.dumps(facts, indent=1))
 
 
@@ -304,9 +339,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[in
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of what a tokenizer does to plain text; an added [MASK] does not change it."""
+    """A hash of what a tokenizer does to plain text; an added special token such as [MASK] does not change it."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    return _digest(json.dumps({key: state[key] for key in ("model", "normalizer", "pre_tokenizer")}, sort_keys=True))
+    relevant = {key: state[key] for key in ("model", "normalizer", "pre_tokenizer")}
+    relevant["words"] = [token["content"] for token in state["added_tokens"] if not token["special"]]
+    return _digest(json.dumps([relevant, begin_id(tokenizer)], sort_keys=True))
 
 
 def _identify(source: str, field: str) -> dict:

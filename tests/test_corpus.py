@@ -30,8 +30,39 @@ def test_json_lines_with_every_kind_of_damage_are_counted_and_placed(tmp_path):
 
 def test_past_the_limit_it_is_an_error_that_names_the_places(tmp_path):
     source = write_lines(tmp_path / "bad.jsonl", [b"{"] * 10)
-    with pytest.raises(ValueError, match=r"more than 3 unreadable documents.*bad\.jsonl:1: not JSON"):
+    with pytest.raises(ValueError, match=r"4 of 4 documents cannot be read.*bad\.jsonl:1: not JSON"):
         list(documents(source, skips=Skips(limit=3)))
+
+
+def test_the_limit_is_a_share_of_what_was_read(monkeypatch):
+    skips = Skips(limit=2, read=1000)
+    for n in range(10):
+        skips.add(f"line {n}", "not JSON")  # 1% of a thousand
+    with pytest.raises(ValueError, match="11 of 1000"):
+        skips.add("line 10", "not JSON")
+
+
+def test_one_giant_line_is_passed_over_without_being_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "LONGEST_LINE", 100)
+    lines = [{"text": "before"}, {"text": "x" * 1000}, {"text": "y" * 87}, {"text": "after"}]
+    source = write_lines(tmp_path / "t.jsonl", lines)
+    assert len(json.dumps(lines[2])) + 1 == 100  # with its line end just short enough
+    skips = Skips()
+    assert list(documents(source, skips=skips)) == ["before", "y" * 87, "after"]
+    assert skips.places == ["t.jsonl:2: longer than 0 MiB"]
+    read = list(corpus._numbered_lines(tmp_path / "t.jsonl"))
+    assert [place for place, _ in read] == [f"t.jsonl:{n}" for n in (1, 2, 3, 4)] and len(read[1][1]) == 101
+
+
+def test_an_empty_file_and_a_text_too_short_are_named(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match="no document to train on"):
+        load_corpus(str(tmp_path / "empty.jsonl"), tiny_tokenizer(), cache=tmp_path / "cache")
+    short = load_corpus(write_lines(tmp_path / "short.jsonl", [{"text": TEXTS[0]}]), tiny_tokenizer(), cache=tmp_path)
+    with pytest.raises(ValueError, match=r"the train split of .*short\.jsonl' has \d+ tokens, too few .* of 512"):
+        short.blocks("train", 512)
+    with pytest.raises(ValueError, match=r"the validation split .* has 0 tokens \(it gets 2% of the documents\)"):
+        short.blocks("validation", 8)
 
 
 def test_a_folder_of_text_files(tmp_path):
@@ -80,8 +111,9 @@ def test_blocks_begin_with_the_begin_token_and_lose_no_token_between_them():
     assert len(blocks) == 4
     assert blocks[1].tolist() == [0, 15, 16, 17, 18, 19]
     assert blocks[[0, 3]][:, 1].tolist() == [10, 25]
-    with pytest.raises(IndexError):
-        blocks[4]
+    for outside in (4, -1):
+        with pytest.raises(IndexError):
+            blocks[outside]
     with pytest.raises(ValueError, match="too few for one block"):
         Blocks(np.arange(4), length=6, begin=0)
 
@@ -113,6 +145,12 @@ def test_a_corpus_is_made_once_whole_and_found_again(tmp_path, monkeypatch):
     adapted = tiny_diffusion()[1]  # with [MASK]: the same tokens, so the same cache
     assert load_corpus(source, adapted, cache=tmp_path / "cache").folder == made.folder
     monkeypatch.undo()
+    other = tiny_tokenizer()
+    other.add_tokens("matrix")  # a word of its own changes what becomes of a text
+    assert load_corpus(source, other, cache=tmp_path / "cache").folder != made.folder
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes((tmp_path / "t.jsonl").read_bytes())
+    assert load_corpus(str(moved), tokenizer, cache=tmp_path / "cache").facts["digest"] == made.facts["digest"]
     monkeypatch.setattr(corpus, "VERSION", 99)
     assert load_corpus(source, tokenizer, cache=tmp_path / "cache").folder != made.folder
 
