@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,11 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from .annealing import annealed_mask
 from .config import PROJECT
-from .objective import hidden_states
+from .objective import hidden_states, mask_id_of
 
 transformers.logging.disable_progress_bar()  # weights of this size load and save in a moment
 
 BASES = PROJECT / "checkpoints" / "base"
+PATIENCE = 10  # seconds for a hub's first answer
 WANTED = ["*.json", "*.txt", "*.model", "*.safetensors"]  # of a hub's repository; never pickles or code
 
 
@@ -98,15 +101,28 @@ def _find(name: str, hub: str) -> Path:
 
 
 def _from_huggingface(name: str) -> str:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
-    return snapshot_download(name, allow_patterns=WANTED, etag_timeout=5)
+    return _fetch(lambda: HfApi().model_info(name, timeout=PATIENCE), partial(snapshot_download, name))
 
 
 def _from_modelscope(name: str) -> str:
-    from modelscope import snapshot_download
+    import requests
+    from modelscope import HubApi, snapshot_download
 
-    return snapshot_download(name, allow_patterns=WANTED)
+    address = f"{HubApi().endpoint}/api/v1/models/{name}"  # asked for by hand: HubApi waits a minute, five times
+    return _fetch(lambda: requests.get(address, timeout=PATIENCE).raise_for_status(), partial(snapshot_download, name))
+
+
+def _fetch(ask: Callable, download: Callable[..., str]) -> str:
+    """Ask first, since a hub that does not answer is found out sooner so than in the retries of a download."""
+    try:
+        ask()
+    except Exception:
+        with contextlib.suppress(Exception):
+            return download(allow_patterns=WANTED, local_files_only=True)  # fetched on an earlier day
+        raise
+    return download(allow_patterns=WANTED)
 
 
 def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
@@ -142,7 +158,7 @@ def as_diffusion(
     Raises:
         ValueError: the model fails `check_attention`, is one already, or `mask_token` does not exist.
     """
-    if getattr(model.config, "mask_token_id", None) is not None:
+    if mask_id_of(model) is not None:
         raise ValueError("this model already has a [MASK] token: it is a diffusion model; load it with load_diffusion")
     check_attention(model)
     if mask_token is None:
@@ -212,9 +228,15 @@ def check_attention(model: PreTrainedModel, length: int = 8) -> None:
 
 
 # ------------------------------------------------------------------------------------------ save and load
-def save_diffusion(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-    """Write config, safetensors weights and tokenizer; `load_diffusion` gives back the same logits."""
-    model.save_pretrained(path)
+def save_diffusion(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path, weights: dict | None = None
+) -> None:
+    """Write config, safetensors weights and tokenizer; `load_diffusion` gives back the same logits.
+
+    Args:
+        weights: the state dict to write, where the model itself holds only shards of it.
+    """
+    model.save_pretrained(path, state_dict=weights)
     tokenizer.save_pretrained(path)
 
 
@@ -228,6 +250,6 @@ def load_diffusion(
         ValueError: the folder holds a model without a [MASK] token.
     """
     model, tokenizer = load_base(str(path), hub="local", dtype=dtype, device=device)
-    if getattr(model.config, "mask_token_id", None) is None:
+    if mask_id_of(model) is None:
         raise ValueError(f"{path} holds an autoregressive model, not a diffusion model; use load_base and as_diffusion")
     return model, tokenizer

@@ -1,5 +1,6 @@
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -133,6 +134,21 @@ def test_an_unknown_model_without_a_network_fails_within_seconds(tmp_path):
     assert time.monotonic() - begun < 60
     assert "FileNotFoundError: no model 'somebody/some-model'" in result.stderr
     assert "huggingface:" in result.stderr and "modelscope" in result.stderr
+
+
+@pytest.mark.parametrize("hub", ["huggingface", "modelscope"])
+def test_a_hub_that_stalls_is_given_up_within_seconds(tmp_path, hub):
+    """A server of this machine takes every connection and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=50) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        code = "from dalm_utils import backbone; backbone.PATIENCE = 1; "
+        code += f"backbone.load_base('somebody/some-model', hub='{hub}')"
+        places = {"HF_HOME": str(tmp_path), "MODELSCOPE_CACHE": str(tmp_path)}
+        environment = {**os.environ, **places, "HF_ENDPOINT": address, "MODELSCOPE_ENDPOINT": address}
+        result = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=50
+        )
+    assert "FileNotFoundError: no model 'somebody/some-model'" in result.stderr and "timed out" in result.stderr
 
 
 def test_random_weights_depend_on_the_seed_alone():
