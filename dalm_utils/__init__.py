@@ -6,8 +6,9 @@ from .config import RunConfig, load_config
 from .corpus import load_corpus
 from .evaluation import Estimate, ar_nll, nelbo, paired_difference, text_quality
 from .objective import DiffusionLoss, corrupt, diffusion_loss, sample_times
+from .run import build
 from .sampling import Samples, generate
-from .training import build, train, train_arms
+from .training import train, train_arms
 
 __all__ = [
     "DiffusionLoss",

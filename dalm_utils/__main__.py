@@ -1,15 +1,18 @@
-"""The module from a terminal: python -m dalm_utils train | sample | evaluate | data | notebook."""
+"""The module from a terminal: python -m dalm_utils train | status | sample | evaluate | data | notebook."""
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import sys
 import time
 from pathlib import Path
 
-from .config import PROFILES, PROJECT, check_names, load_config, parse_field
+import numpy as np
+
+from .config import PROFILES, PROJECT, RunConfig, check_names, load_config, parse_field
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,6 +26,10 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--profile", help="laptop or full; by default DALM_PROFILE, else laptop")
     command.add_argument("--fresh", action="store_true", help="move an earlier run of this name aside")
     command.set_defaults(do=_train)
+
+    command = commands.add_parser("status", help="where a run stands, and its curve")
+    command.add_argument("run", help="a run's name, or its folder")
+    command.set_defaults(do=_status)
 
     command = commands.add_parser("sample", help="write text with a diffusion model")
     command.add_argument("model", help="a folder or shipped name, e.g. checkpoints/runs/gpt2-laptop/best")
@@ -60,14 +67,17 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         options.do(options)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 def _train(options) -> None:
-    from .training import build, train
+    from accelerate import PartialState
+
+    from .run import build
+    from .training import train
 
     overrides = {}
     for setting in options.settings:
@@ -77,11 +87,66 @@ def _train(options) -> None:
         check_names({name: text})
         overrides[name] = parse_field(name, text)
     config = load_config(options.notebook, options.profile, **overrides)
-    history = train(*build(config), config, resume="never" if options.fresh else "auto")
+    history = train(*build(config), config, resume="never" if options.fresh else "auto", on_log=_print_record)
+    if not PartialState().is_main_process:
+        return
     for key in ("loss", "nelbo", "nll", "bits_per_byte", "tokens_per_second"):
         if history.last(key) is not None:
             print(f"{key:>18}  {history.last(key):.4g}")
     print(f"{'checkpoints':>18}  {os.path.relpath(config.folder)}")
+
+
+def _print_record(history, config) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(_log_line(history.records[-1]))  # above the progress bar
+
+
+def _log_line(record: dict) -> str:
+    """One record as a line: what there is of it, in a fixed order."""
+    formats = {
+        "step": "step {:>6}", "loss": "loss {:.4f}", "nelbo": "NELBO {:.4f}", "nll": "NLL {:.4f}",
+        "ratio": "ratio {:.3f}", "lr": "lr {:.2e}", "grad_norm": "gradient {:.2f}", "skipped": "skipped {}",
+        "tokens_per_second": "{:,} tokens/s", "memory": "{:.1f} GiB",
+    }  # fmt: skip
+    parts = [text.format(record[key]) for key, text in formats.items() if key in record]
+    if "eta" in record:
+        parts.append(f"{datetime.timedelta(seconds=record['eta'])} to go")
+    return "  ".join(parts)
+
+
+def _status(options) -> None:
+    from .checkpoint import History, RunFolder
+
+    places = (Path(options.run), PROJECT / RunConfig().runs / options.run)
+    folder = next((RunFolder(path.resolve()) for path in places if (path / "config.json").is_file()), None)
+    if folder is None:
+        raise FileNotFoundError(f"no run {options.run!r}: neither {' nor '.join(map(os.path.relpath, places))} is one")
+    settings = json.loads((folder.path / "config.json").read_text())
+    history = History.load(folder.path / "history.jsonl")
+    step = history.last("step") or 0
+    print(f"{folder.path.name}: step {step} of {settings['total_steps']}, ", end="")
+    print("running now" if folder.is_claimed() else "finished" if step == settings["total_steps"] else "not running")
+    print("checkpoints:", ", ".join(path.name for path in folder.checkpoints()) or "none yet")
+    progress = [record for record in history.records if "loss" in record]
+    if progress:
+        print(_log_line(progress[-1]))
+        print(_text_curve("training loss", *history.series("loss")))
+    for key in ("nelbo", "nll"):
+        steps, values = history.series(key)
+        if values:
+            print(f"held-out {key.upper()}: {values[-1]:.4f} at step {steps[-1]}, the best {min(values):.4f}")
+
+
+def _text_curve(title: str, steps: list, values: list, width: int = 64, height: int = 10) -> str:
+    """A curve in letters: each column is the mean of its share of the values."""
+    means = [sum(part) / len(part) for part in np.array_split(values, min(width, len(values)))]
+    low, high = min(means), max(means)
+    rows = [round((high - mean) / ((high - low) or 1) * (height - 1)) for mean in means]
+    lines = ["".join("o" if row == line else " " for row in rows) for line in range(height)]
+    margins = [f"{high:8.3f} ", *[" " * 9] * (height - 2), f"{low:8.3f} "]
+    lines = [f"{margin}| {line}" for margin, line in zip(margins, lines, strict=True)]
+    return "\n".join([f"          {title}", *lines, f"          step {steps[0]} to {steps[-1]}"])
 
 
 def _sample(options) -> None:
@@ -100,10 +165,11 @@ def _evaluate(options) -> None:
     from .backbone import load_base
     from .corpus import load_corpus
     from .evaluation import ar_nll, nelbo
+    from .objective import mask_id_of
 
     model, tokenizer = load_base(options.model, device="auto")
     blocks = load_corpus(options.text, tokenizer, field=options.field).blocks("test", options.length, options.blocks)
-    if getattr(model.config, "mask_token_id", None) is None:
+    if mask_id_of(model) is None:
         print(f"AR NLL on {len(blocks)} test blocks: {ar_nll(model, tokenizer, blocks)}")
     else:
         print(f"NELBO on {len(blocks)} test blocks: {nelbo(model, tokenizer, blocks, num_samples=options.samples)}")

@@ -1,4 +1,4 @@
-"""A run's state on disk: whole checkpoints or none, and a history of one JSON line per logged step."""
+"""A run's folder on disk: whole checkpoints or none, one writer at a time, and a history that outlives both."""
 
 from __future__ import annotations
 
@@ -12,55 +12,41 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import filelock
+from safetensors import SafetensorError
+
 MANIFEST = "manifest.json"
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what a full or read-only disk raises, library by library
+MACHINE_KEYS = ("seconds", "tokens_per_second", "memory", "eta")  # of a record: they differ when a run is repeated
 
 
+# ---------------------------------------------------------------------------------------- whole or absent
 def write_whole(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """Fill a new folder beside `folder`, sync it, and rename it into place: a reader sees all of it or nothing."""
+    """Fill a new folder beside `folder`, sync it, and rename it into place: a reader sees all of it or nothing.
+
+    An error leaves what was there untouched, and no half-written folder behind.
+    """
     beside = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    fill(beside)
-    (beside / MANIFEST).write_text(json.dumps({f.name: _digest(f) for f in sorted(beside.iterdir())}, indent=1))
-    for path in [*beside.iterdir(), beside]:
-        _sync(path)
-    if folder.exists():  # a folder cannot be renamed onto another: move the old one aside until the new one stands
+    try:
+        beside.mkdir(parents=True)
+        fill(beside)
+        _write_synced(beside / MANIFEST, json.dumps({f.name: _digest(f) for f in sorted(beside.iterdir())}, indent=1))
+        for path in [*beside.iterdir(), beside]:
+            _sync(path)
+    except Exception:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    if folder.exists():  # a folder cannot be renamed onto another: the old one steps aside, see `_recover`
         old = folder.with_name(f"{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
         beside.rename(folder)
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
     else:
         beside.rename(folder)
     _sync(folder.parent)
     return folder
-
-
-def open_run(folder: Path, settings: dict, resume: str) -> None:
-    """Make a run's folder, or make sure that the one there belongs to the same settings.
-
-    Raises:
-        ValueError: it belongs to other settings (each difference is named), and `resume` is not "never",
-            which moves the earlier run aside.
-    """
-    if resume not in ("auto", "never"):
-        raise ValueError(f"resume must be auto or never, got {resume!r}")
-    written = folder / "config.json"
-    if written.exists() and resume == "never":
-        aside = next(p for n in itertools.count(1) if not (p := folder.with_name(f"{folder.name}.old{n}")).exists())
-        folder.rename(aside)
-    if not written.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        written.write_text(json.dumps(settings, indent=1))
-    before = json.loads(written.read_text())
-    changed = [
-        f"{name}: {before.get(name)!r} then, {now!r} now" for name, now in settings.items() if before.get(name) != now
-    ]
-    if changed:
-        raise ValueError(
-            f"the run {folder.name!r} exists with other settings ({'; '.join(changed)}). "
-            "Give this one another `name`, or pass resume='never' to move the old run aside."
-        )
 
 
 def is_whole(folder: Path) -> bool:
@@ -72,19 +58,16 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def newest(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run; damaged ones are named on stderr and passed over."""
-    for folder in sorted(run.glob("step-*[0-9]"), reverse=True):
-        if is_whole(folder):
-            return folder
-        print(f"checkpoint {folder.name} is damaged and passed over", file=sys.stderr)
-    return None
-
-
-def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints; `best` is not among them."""
-    for folder in sorted(run.glob("step-*[0-9]"))[:-keep]:
-        shutil.rmtree(folder)
+def _write_synced(path: Path, text: str) -> None:
+    """Replace a small file in one move."""
+    beside = path.with_name(f"{path.name}.unfinished")
+    try:
+        beside.write_text(text)
+        _sync(beside)
+        beside.replace(path)
+    except Exception:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def _digest(path: Path) -> str:
@@ -100,41 +83,175 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+# --------------------------------------------------------------------------------------------- the folder
+class RunFolder:
+    """The folder of one run: `open` claims it for this process, `close` gives it back.
+
+    It holds `step-000500/` (a whole checkpoint), `best/`, `history.jsonl` and `config.json`.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), thread_local=False)
+
+    def open(self, settings: dict, resume: str = "auto") -> Path | None:
+        """Claim the folder for these settings; returns its newest whole checkpoint, or None.
+
+        Damaged checkpoints are named on stderr and moved aside.
+
+        Raises:
+            RuntimeError: another process is writing there.
+            ValueError: the folder belongs to other settings (each difference is named), and `resume` is not
+                "never", which moves the earlier run aside.
+        """
+        if resume not in ("auto", "never"):
+            raise ValueError(f"resume must be auto or never, got {resume!r}")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise RuntimeError(
+                f"another process is writing to the run {self.path.name!r}; wait for it or stop it, "
+                "or give this one another `name`"
+            ) from None
+        try:
+            if resume == "never":
+                self._move_aside()
+            self._agree(settings)
+            self._recover()
+            return self._newest()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let other processes write here again."""
+        self._lock.release()
+
+    def is_claimed(self) -> bool:
+        """Whether some process is writing here now."""
+        try:
+            with self._lock.acquire(timeout=0):
+                return False
+        except filelock.Timeout:
+            return True
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints, oldest first; whole ones, once the folder is open."""
+        return sorted(self.path.glob("step-*[0-9]"), key=step_of)
+
+    def write(self, name: str, fill: Callable[[Path], None]) -> bool:
+        """Write a folder whole. A disk that refuses is reported, not raised: False, and what was there still is."""
+        try:
+            write_whole(self.path / name, fill)
+            return True
+        except WRITE_ERRORS as error:
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            newest = next((folder.name for folder in reversed(self.checkpoints())), "none yet")
+            _warn(f"{name} could not be written ({reason}); training goes on. The newest whole checkpoint: {newest}")
+            return False
+
+    def prune(self, keep: int) -> None:
+        """Delete all but the newest `keep` checkpoints; `best` is not among them."""
+        for folder in self.checkpoints()[:-keep]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _move_aside(self) -> None:
+        if self.path.exists():
+            free = (self.path.with_name(f"{self.path.name}.old{n}") for n in itertools.count(1))
+            self.path.rename(next(path for path in free if not path.exists()))
+
+    def _agree(self, settings: dict) -> None:
+        written = self.path / "config.json"
+        if not written.exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write_synced(written, json.dumps(settings, indent=1))
+        before = json.loads(written.read_text())
+        changed = [
+            f"{name}: {before.get(name)!r} then, {now!r} now"
+            for name, now in settings.items()
+            if before.get(name) != now
+        ]
+        if changed:
+            raise ValueError(
+                f"the run {self.path.name!r} exists with other settings ({'; '.join(changed)}). "
+                "Give this one another `name`, or pass resume='never' to move the old run aside."
+            )
+
+    def _recover(self) -> None:
+        """Undo what a killed process left: half-written folders, and an old one that had just stepped aside."""
+        for folder in self.path.glob("*.unfinished"):
+            shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+        for old in self.path.glob("*.old"):
+            place = old.with_suffix("")
+            shutil.rmtree(old) if place.exists() else old.rename(place)
+
+    def _newest(self) -> Path | None:
+        for folder in reversed(self.checkpoints()):
+            if is_whole(folder):
+                return folder
+            aside = folder.with_name(f"{folder.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            _warn(f"checkpoint {folder.name} is damaged; moved to {aside.name} and passed over")
+        return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step at which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _warn(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------- history
 @dataclass
 class History:
     """What a run recorded, one dictionary per logged step, kept in `history.jsonl` while it grows.
 
-    Keys: step, tokens, loss (mean since the last record), ratio, lr, grad_norm, seconds,
-    tokens_per_second, and on evaluated steps nelbo (nats per token), nelbo_stderr, bits_per_byte; a
-    generated text under sample. AR runs have nll in place of nelbo.
+    Keys: step, tokens, loss (mean since the last record), ratio, lr, grad_norm, skipped (steps left out because
+    their gradient was not finite), seconds, tokens_per_second, memory (GiB), eta (seconds), and on evaluated
+    steps nelbo (nats per token), nelbo_stderr, bits_per_byte; a generated text under sample. AR runs have nll
+    in place of nelbo.
     """
 
     path: Path | None = None
     records: list[dict] = field(default_factory=list)
+    behind: bool = False  # the file lacks records, because the disk refused them
 
     @classmethod
-    def load(cls, path: Path, until: int | None = None) -> History:
-        """Read a file back, up to step `until`; a last line that a crash cut short is dropped."""
+    def load(cls, path: Path) -> History:
+        """Read a file back; a last line that a crash cut short is dropped."""
         records = []
         for line in path.read_text().splitlines() if path.exists() else []:
             try:
                 records.append(json.loads(line))
             except ValueError:
                 break
-        return cls(path, [r for r in records if until is None or r["step"] <= until])
+        return cls(path, records)
 
     def append(self, record: dict) -> None:
-        """Add a record, on disk first."""
-        if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+        """Add a record, on disk too; what the disk refuses is kept here and written with the next one."""
         self.records.append(record)
+        if self.path is None:
+            return
+        try:
+            if self.behind:
+                self.write(self.path)
+            else:
+                with self.path.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+            self.behind = False
+        except OSError as error:
+            if not self.behind:
+                _warn(f"{self.path.name} could not be written ({error.strerror}); its records wait in memory")
+            self.behind = True
 
-    def rewrite(self) -> None:
-        """Make the file say what `records` says."""
-        beside = self.path.with_suffix(".unfinished")
-        beside.write_text("".join(json.dumps(record) + "\n" for record in self.records))
-        beside.rename(self.path)
+    def write(self, path: Path) -> None:
+        """Make a file say what `records` says, in one move."""
+        _write_synced(path, "".join(json.dumps(record) + "\n" for record in self.records))
 
     def series(self, key: str, x: str = "step") -> tuple[list, list]:
         """The points at which `key` was recorded: ([x...], [value...])."""

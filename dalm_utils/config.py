@@ -63,6 +63,7 @@ class RunConfig:
     sample_every: int = 0  # steps between two generated samples (0: none)
     save_every: int = 500  # steps between two checkpoints
     keep: int = 2  # newest checkpoints kept, beside the best
+    trackers: str = ""  # names that accelerate knows, for instance "tensorboard"; several with commas
 
     def __post_init__(self):
         hints = typing.get_type_hints(type(self))
@@ -123,7 +124,11 @@ CHOICES = {
 }
 
 # Fields on which a continued run may differ from the run it continues: they do not change what is learned.
-FREE_FIELDS = {"runs", "device", "keep", "save_every", "compile", "gradient_checkpointing", "sample_every"}
+# (What text, batch, accumulate and precision come to on the machine at hand is compared in their place.)
+FREE_FIELDS = {
+    "name", "runs", "hub", "text", "field", "batch", "accumulate", "precision", "device", "compile",
+    "gradient_checkpointing", "sample_every", "save_every", "keep", "trackers",
+}  # fmt: skip
 
 PROFILES: dict[str, dict[str, dict]] = {
     "gpt2": {

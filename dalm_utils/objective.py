@@ -110,10 +110,11 @@ def hidden_states(model: nn.Module, tokens: Tensor, attention_mask: Tensor | Non
 
 def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
     """Logits `[..., V]` in float32 at least; [MASK], where the model has one, gets no probability."""
-    return _finish(model.get_output_embeddings()(hidden), _mask_id(model))
+    return _finish(model.get_output_embeddings()(hidden), mask_id_of(model))
 
 
-def _mask_id(model: nn.Module) -> int | None:
+def mask_id_of(model: nn.Module) -> int | None:
+    """The id of [MASK]; None for a model that is not a diffusion model."""
     return getattr(model.config, "mask_token_id", None)
 
 
@@ -179,7 +180,7 @@ def diffusion_loss(
         head.bias,
         tokens[rows, columns],
         1.0 / times[rows],
-        _mask_id(model),
+        mask_id_of(model),
         _matmul_dtype(sources),
         torch.is_grad_enabled(),
     )

@@ -21,7 +21,8 @@ from .checkpoint import History
 from .config import PROJECT, RunConfig, load_config
 from .corpus import CACHE, clean_documents, load_corpus, split_of
 from .evaluation import ar_nll, nelbo
-from .training import build, train
+from .run import build
+from .training import train
 
 END = "<|endoftext|>"  # begins a block and separates documents, as in GPT-2
 CONTEXT = 512
@@ -47,7 +48,9 @@ AR = RunConfig(
 )  # fmt: skip
 BEST = ("4x288-8k", 2e-3)
 HOUR_OF_STEPS = 4_500
-LONG = dict(steps=20_000, warmup_steps=200, anneal_steps=2_000, eval_every=500, save_every=250, sample_every=0)
+LONG = dict(
+    steps=8_000, warmup_steps=200, anneal_steps=1_000, eval_every=500, save_every=250, sample_every=0, compile=True
+)
 
 
 def train_tokenizer(vocab: int, folder: Path) -> PreTrainedTokenizerFast:

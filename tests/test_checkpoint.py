@@ -1,6 +1,6 @@
 import pytest
 
-from dalm_utils.checkpoint import History, is_whole, newest, prune, write_whole
+from dalm_utils.checkpoint import History, RunFolder, is_whole, write_whole
 
 
 def write(folder, text="x"):
@@ -16,18 +16,54 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path):
 
     with pytest.raises(OSError, match="disk full"):
         write_whole(tmp_path / "step-000002", fails)
-    assert newest(tmp_path).name == "step-000001"
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
     assert is_whole(write(tmp_path / "step-000002"))
-    assert newest(tmp_path).name == "step-000002"
+
+
+def opened(path, **settings):
+    folder = RunFolder(path)
+    return folder, folder.open(settings)
 
 
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, capsys):
-    for step in (1, 2, 3):
-        write(tmp_path / f"step-00000{step}")
-    (tmp_path / "step-000003" / "weights").write_text("y")
-    (tmp_path / "step-000002" / "manifest.json").unlink()
-    assert newest(tmp_path).name == "step-000001"
-    assert "step-000003 is damaged" in capsys.readouterr().err
+    run = tmp_path / "run"
+    for step in (9, 99, 1_000_000, 999_999):
+        write(run / f"step-{step:06d}")
+    (run / "step-1000000" / "weights").write_text("y")
+    (run / "step-999999" / "manifest.json").unlink()
+    folder, newest = opened(run)
+    assert newest.name == "step-000099"
+    told = capsys.readouterr().err
+    assert "step-1000000 is damaged" in told and "step-999999 is damaged" in told
+    assert [path.name for path in folder.checkpoints()] == ["step-000009", "step-000099"]
+    folder.close()
+
+
+def test_what_a_killed_process_left_is_put_right(tmp_path):
+    run = tmp_path / "run"
+    write(run / "best").rename(run / "best.old")  # it was being replaced
+    (run / "best.unfinished").mkdir()
+    (run / "history.jsonl.unfinished").write_text("half")
+    folder, newest = opened(run)
+    assert newest is None and sorted(p.name for p in run.iterdir()) == ["best", "config.json"]
+    folder.close()
+
+
+def test_a_folder_belongs_to_one_writer_and_one_config(tmp_path):
+    first, _ = opened(tmp_path / "run", seed=1)
+    with pytest.raises(RuntimeError, match="another process is writing to the run 'run'"):
+        RunFolder(tmp_path / "run").open({"seed": 1})
+    assert RunFolder(tmp_path / "run").is_claimed()
+    first.close()
+    with pytest.raises(ValueError, match="seed: 1 then, 2 now"):
+        RunFolder(tmp_path / "run").open({"seed": 2})
+    with pytest.raises(ValueError, match="resume must be auto or never"):
+        RunFolder(tmp_path / "run").open({"seed": 1}, "always")
+    second, _ = opened(tmp_path / "run", seed=1)  # a refusal keeps nothing claimed
+    second.close()
+    assert not second.is_claimed()
+    RunFolder(tmp_path / "run").open({"seed": 2}, "never")
+    assert (tmp_path / "run.old1" / "config.json").exists()
 
 
 def test_replacing_keeps_one_and_pruning_spares_best(tmp_path):
@@ -36,7 +72,7 @@ def test_replacing_keeps_one_and_pruning_spares_best(tmp_path):
     assert (tmp_path / "best" / "weights").read_text() == "new"
     for step in (1, 2, 3):
         write(tmp_path / f"step-00000{step}")
-    prune(tmp_path, keep=2)
+    RunFolder(tmp_path).prune(keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "step-000002", "step-000003"]
 
 
@@ -52,4 +88,13 @@ def test_history_reads_back_what_was_written_and_drops_a_torn_line(tmp_path):
     assert again.window("loss", 10, 30) == pytest.approx((1 / 10 + 1 / 20) / 2)
     with pytest.raises(ValueError, match="no record of 'loss'"):
         again.window("loss", 50, 60)
-    assert [r["step"] for r in History.load(history.path, until=20).records] == [10, 20]
+
+
+def test_a_history_that_the_disk_refuses_waits_in_memory(tmp_path, capsys):
+    history = History(tmp_path / "gone" / "history.jsonl")
+    for step in (1, 2):
+        history.append({"step": step})
+    assert capsys.readouterr().err.count("could not be written (No such file or directory)") == 1
+    (tmp_path / "gone").mkdir()
+    history.append({"step": 3})
+    assert [record["step"] for record in History.load(history.path).records] == [1, 2, 3]

@@ -1,10 +1,12 @@
 import json
+import re
 from pathlib import Path
 
 import nbformat
 import pytest
 
 from dalm_utils.__main__ import main
+from dalm_utils.checkpoint import RunFolder
 from tests.helpers import TEXTS, tiny_config, tiny_model, tiny_tokenizer
 
 
@@ -40,6 +42,26 @@ def test_train_evaluate_and_sample(workplace, capsys):
     assert "AR NLL" in capsys.readouterr().out
     assert main(["sample", best, "--prompt", "Return", "--length", "5", "--steps", "5", "--num", "2"]) == 0
     assert capsys.readouterr().out.count("Return") == 2
+
+
+def test_status_shows_where_a_run_stands(workplace, capsys, monkeypatch):
+    assert main(["train", "gpt2", "name=cli", "log_every=2", "sample_every=0"]) == 0
+    told = capsys.readouterr()
+    assert re.search(
+        r"step +12  loss \d\.\d+  NELBO .* ratio .* lr .* gradient .* tokens/s .* GiB  0:00:00 to go", told.out
+    )
+    run = workplace / "runs" / "cli"
+    assert main(["status", str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert "cli: step 12 of 12, finished" in shown and "checkpoints: step-000012" in shown
+    assert "step     12  loss" in shown and "held-out NELBO" in shown
+    curve = [line for line in shown.splitlines() if "|" in line]
+    assert len(curve) == 10 and sum(line.count("o") for line in curve) == 6  # one mark for each record
+    with RunFolder(run)._lock:
+        main(["status", str(run)])
+        assert "running now" in capsys.readouterr().out
+    assert main(["status", "nothing"]) == 1
+    assert "no run 'nothing'" in capsys.readouterr().err
 
 
 def test_data_says_what_is_in_a_text(workplace, capsys):

@@ -8,14 +8,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from dalm_utils import as_diffusion, backbone, load_diffusion, nelbo, train, train_arms, training
-from dalm_utils.training import learning_rate
+from dalm_utils.checkpoint import MACHINE_KEYS
+from dalm_utils.run import Run, learning_rate
 from tests.helpers import tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
-
-TIMELESS = ("seconds", "tokens_per_second")
 
 
 def comparable(history):
-    return [{k: v for k, v in record.items() if k not in TIMELESS} for record in history.records]
+    return [{k: v for k, v in record.items() if k not in MACHINE_KEYS} for record in history.records]
 
 
 def weights(model):
@@ -106,9 +105,9 @@ def test_arms_are_paired_and_each_equals_training_alone(tmp_path, monkeypatch):
 def test_the_ar_objective_is_the_next_token_loss(tmp_path):
     model, tokenizer = tiny_model(vocab=320), tiny_tokenizer()
     config = tiny_config(tmp_path, objective="ar", steps=1, log_every=1)
-    from dalm_utils.training import _accelerator, _Run
+    from dalm_utils.training import _accelerator
 
-    tokens = _Run(model, tokenizer, config.replace(name="look"), _accelerator(config), "auto")._batch()[0]
+    tokens = Run(model, tokenizer, config.replace(name="look"), _accelerator(config), "auto")._batch()[0]
     own = model(tokens, labels=tokens).loss.item()
     history = train(model, tokenizer, config)
     assert history.records[0]["loss"] == pytest.approx(own, rel=1e-5)
@@ -146,10 +145,10 @@ def test_fp16_skips_a_step_that_overflows_and_lowers_its_scale(tmp_path, monkeyp
 
 
 def test_every_block_is_seen_once_in_an_epoch(tmp_path):
-    from dalm_utils.training import _accelerator, _Run
+    from dalm_utils.training import _accelerator
 
     config = tiny_config(tmp_path, steps=None, epochs=2)
-    run = _Run(*tiny_diffusion(), config, _accelerator(config), "auto")
+    run = Run(*tiny_diffusion(), config, _accelerator(config), "auto")
     count = len(run.blocks)
     assert run.total == -(-2 * count // 4)
     first, second = ([run._block_at(e * count + i) for i in range(count)] for e in (0, 1))

@@ -1,0 +1,111 @@
+"""One run on several processes: gloo on the CPU, DDP, and accelerate's FSDP."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from dalm_utils import load_diffusion, train
+from dalm_utils.checkpoint import History, RunFolder, is_whole
+from dalm_utils.config import PROJECT
+from tests.helpers import tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
+from tests.processes import start_many
+
+STEPS = dict(steps=24, log_every=2, eval_every=6, save_every=4, sample_every=12)
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}  # fmt: skip
+WAYS = {"DDP": {}, "FSDP": FSDP}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run on one process, with a batch of 4."""
+    config = tiny_config(tmp_path_factory.mktemp("alone"), batch=4, **STEPS)
+    train(*tiny_diffusion(), config)
+    return config.folder
+
+
+def assert_same_curve(folder, alone):
+    ours, theirs = (History.load(path / "history.jsonl") for path in (folder, alone))
+    assert [record["step"] for record in ours.records] == [record["step"] for record in theirs.records]
+    for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4), ("nelbo", 1e-5), ("lr", 1e-9)):
+        assert ours.series(key)[1] == pytest.approx(theirs.series(key)[1], rel=tolerance)
+    assert ours.series("sample") == theirs.series("sample")
+    tokens = torch.arange(40).view(4, 10)
+    with torch.no_grad():  # not the weights: those that change nothing (biases of keys) follow rounding errors
+        logits, others = (load_diffusion(path / "step-000024")[0](tokens).logits for path in (folder, alone))
+    torch.testing.assert_close(logits, others, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_with_the_same_global_batch_follow_the_curve_of_one(tmp_path, alone, way):
+    config = tiny_config(tmp_path, batch=2, **STEPS)
+    processes = start_many(2, tmp_path, dict(batch=2, **STEPS), WAYS[way])
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0], (tmp_path / "messages-0").read_text()
+    assert_same_curve(config.folder, alone)
+    assert sorted(path.name for path in config.folder.iterdir()) == sorted(path.name for path in alone.iterdir())
+    load_diffusion(config.folder / "best")
+    assert "step/s" not in (tmp_path / "messages-1").read_text()  # one progress bar
+
+
+def wait_for_step(config, step, processes):
+    history = config.folder / "history.jsonl"
+    while not history.exists() or (History.load(history).last("step") or 0) < step:
+        assert all(process.is_alive() for process in processes)
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, alone, way):
+    config = tiny_config(tmp_path, batch=2, **STEPS)
+    processes = start_many(2, tmp_path, dict(batch=2, **STEPS), WAYS[way])
+    wait_for_step(config, 6, processes)
+    for process in processes:
+        process.terminate()  # as a launcher does when it is stopped: they agree on a step, and save it
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0], (tmp_path / "messages-0").read_text()
+    reached = History.load(config.folder / "history.jsonl").last("step")
+    assert 6 <= reached < 24 and is_whole(config.folder / f"step-{reached:06d}")
+    train(*tiny_diffusion(), config.replace(batch=4))  # one process, the same global batch
+    assert_same_curve(config.folder, alone)
+
+
+def test_when_one_worker_is_killed_the_others_say_so_and_leave_a_whole_checkpoint(tmp_path, alone):
+    config = tiny_config(tmp_path, batch=2, **STEPS)
+    processes = start_many(2, tmp_path, dict(batch=2, **STEPS))
+    wait_for_step(config, 6, processes)
+    processes[1].kill()
+    processes[0].join(60)
+    assert processes[0].exitcode == 1
+    told = (tmp_path / "messages-0").read_text()
+    assert "probably because another one died" in told and "the same command continues there" in told
+    assert is_whole(RunFolder(config.folder).checkpoints()[-1])
+    train(*tiny_diffusion(), config.replace(batch=4))
+    assert_same_curve(config.folder, alone)
+
+
+def test_the_command_trains_on_two_processes_under_a_launcher(tmp_path):
+    """torchrun, which `accelerate launch` calls too: on CPUs without MPI it is the one that starts several."""
+    tiny_model(vocab=320).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    small = vars(tiny_config(tmp_path, base=str(tmp_path / "base"), name="launched", batch=2))
+    names = ("base", "runs", "text", "length", "eval_blocks", "device", "precision")
+    environment = {f"DALM_{name.upper()}": str(small[name]) for name in names} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "dalm_utils", "train", "gpt2", "name=launched", "batch=2", "steps=4", "log_every=2"]
+    result = subprocess.run(
+        command, cwd=PROJECT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=180
+    )
+    assert result.returncode == 0, result.stderr
+    settings = json.loads((tmp_path / "runs" / "launched" / "config.json").read_text())
+    assert settings["global_batch"] == 4 and settings["total_steps"] == 4
+    assert result.stdout.count("checkpoints  ") == 1  # one process reports

@@ -1,0 +1,284 @@
+"""Runs that are killed, starved of disk or damaged: what they end with is what an undisturbed run ends with.
+
+`python -m tests.test_reliability --kills 100` injects more faults than the suite and prints the figures.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dalm_utils import checkpoint, train
+from dalm_utils.checkpoint import MACHINE_KEYS, History, RunFolder, is_whole, write_whole
+from tests.helpers import tiny_config, tiny_diffusion
+from tests.processes import start
+
+LONG = dict(steps=60, save_every=3, log_every=2, eval_every=10, anneal_steps=30, dropout=0.1)
+
+
+def outcome(folder: Path) -> tuple:
+    """The history, but for its clock, and the weights that a finished run left."""
+    records = History.load(folder / "history.jsonl").records
+    records = [{key: value for key, value in record.items() if key not in MACHINE_KEYS} for record in records]
+    last = RunFolder(folder).checkpoints()[-1]
+    assert is_whole(last)
+    return records, load_file(last / "model.safetensors"), load_file(folder / "best" / "model.safetensors")
+
+
+def assert_same(ours: tuple, expected: tuple) -> None:
+    assert ours[0] == expected[0]
+    for mine, theirs in zip(ours[1:], expected[1:], strict=True):
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def last_step(folder: Path) -> int:
+    history = folder / "history.jsonl"
+    return History.load(history).last("step") or 0 if history.exists() else 0
+
+
+def kill_again_and_again(folder: Path, kills: int, settings: dict, seed: int) -> dict:
+    """SIGKILL a run `kills` times, each time some steps further and at any moment of a step; then let it end."""
+    draw = random.Random(seed)
+    run = tiny_config(folder, **settings).folder
+    targets = sorted(draw.randint(0, settings["steps"] - 4) for _ in range(kills))
+    figures = {"kills": 0, "while writing a checkpoint": 0, "steps repeated": 0}
+    for target in targets:
+        process = start(folder, settings)
+        while process.is_alive() and last_step(run) < target:
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.06))
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            break  # it had ended
+        figures["kills"] += 1
+        figures["while writing a checkpoint"] += any(run.glob("*.unfinished"))
+        whole = [checkpoint.step_of(path) for path in RunFolder(run).checkpoints() if is_whole(path)]
+        figures["steps repeated"] += last_step(run) - max(whole, default=0)
+    process = start(folder, settings)
+    process.join(120)
+    assert process.exitcode == 0
+    return figures
+
+
+@pytest.mark.parametrize("kills, precision", [(10, "fp32"), (3, "bf16")])
+def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(tmp_path, kills, precision):
+    settings = {**LONG, "precision": precision}
+    undisturbed = start(tmp_path, {**settings, "name": "whole"})
+    undisturbed.join(120)
+    figures = kill_again_and_again(tmp_path, kills, {**settings, "name": "killed"}, seed=kills)
+    assert figures["kills"] == kills
+    assert_same(outcome(tmp_path / "runs" / "killed"), outcome(tmp_path / "runs" / "whole"))
+
+
+class PowerCut(BaseException):
+    """Not an Exception: no handler of the program runs, as if the machine had stopped."""
+
+
+def test_power_may_fail_at_any_operation_of_writing_a_checkpoint(tmp_path, monkeypatch):
+    """Cut the power before the 1st, 2nd, ... operation on the disk: the old or the new is there, whole."""
+
+    def write(text):
+        write_whole(tmp_path / "best", lambda folder: (folder / "weights").write_text(text))
+
+    left = 0
+
+    def counted(operation):
+        def run(*inputs, **options):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise PowerCut
+            return operation(*inputs, **options)
+
+        return run
+
+    for owner, name in [(Path, "rename"), (Path, "replace"), (Path, "mkdir"), (Path, "write_text"), (os, "fsync"),
+                        (shutil, "rmtree")]:  # fmt: skip
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+    left = 10**6
+    write("old")
+    for survived in range(100):
+        left = survived
+        try:
+            write("new")
+            break
+        except PowerCut:
+            left = 10**6
+            RunFolder(tmp_path)._recover()
+            assert is_whole(tmp_path / "best") and sorted(p.name for p in tmp_path.iterdir()) == ["best"]
+            assert (tmp_path / "best" / "weights").read_text() in ("old", "new")
+            write("old")
+    assert survived >= 8 and (tmp_path / "best" / "weights").read_text() == "new"
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """What an undisturbed short run ends with."""
+    config = tiny_config(tmp_path_factory.mktemp("expected"), dropout=0.1)
+    train(*tiny_diffusion(), config)
+    return outcome(config.folder)
+
+
+def stopped_at(step, config):
+    """Train until a step, as if the user had stopped the run there."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(history, config):
+        if history.records[-1]["step"] >= step + 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(*tiny_diffusion(), config, on_log=stop)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_checkpoint_with_one_changed_byte_is_passed_over(tmp_path, expected, capsys, seed):
+    config = tiny_config(tmp_path, dropout=0.1)
+    stopped_at(8, config)
+    draw = random.Random(seed)
+    victim = draw.choice(sorted((config.folder / "step-000008").iterdir()))
+    data = bytearray(victim.read_bytes())
+    data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    victim.write_bytes(data)
+    train(*tiny_diffusion(), config)
+    assert "checkpoint step-000008 is damaged; moved to step-000008.damaged" in capsys.readouterr().err
+    assert_same(outcome(config.folder), expected)
+
+
+def test_with_no_whole_checkpoint_left_the_run_begins_again_and_ends_the_same(tmp_path, expected, capsys):
+    config = tiny_config(tmp_path, dropout=0.1)
+    stopped_at(8, config)
+    for folder in RunFolder(config.folder).checkpoints():
+        (folder / "model.safetensors").unlink()
+    train(*tiny_diffusion(), config)
+    assert capsys.readouterr().err.count("is damaged") == 2
+    assert_same(outcome(config.folder), expected)
+
+
+def test_pruning_never_counts_on_a_damaged_checkpoint(tmp_path):
+    config = tiny_config(tmp_path, keep=1)
+    stopped_at(8, config)
+    (config.folder / "step-000012").mkdir()  # a later one, of which nothing was written
+    stopped_at(8, config.replace(keep=1))
+    assert [path.name for path in RunFolder(config.folder).checkpoints()] == ["step-000008"]
+
+
+def test_a_full_disk_is_survived(tmp_path, expected, capsys):
+    """The kernel refuses files beyond a size from step 3 to step 9: checkpoints fail, and the run goes on."""
+    config = tiny_config(tmp_path, dropout=0.1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_disk(history, config):
+        step = history.records[-1]["step"]
+        if step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        if step == 8:
+            assert not RunFolder(config.folder).checkpoints() and not list(config.folder.glob("*.unfinished"))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    try:
+        train(*tiny_diffusion(), config, on_log=fill_disk)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    told = capsys.readouterr().err
+    assert re.search(r"step-000004 could not be written \(.*\); training goes on", told)
+    assert "history.jsonl could not be written (File too large)" in told
+    assert "best could not be written" in told
+    assert_same(outcome(config.folder), expected)
+
+
+def test_a_run_that_cannot_be_begun_says_why_at_once(tmp_path):
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    with pytest.raises(OSError, match="runs"):
+        train(*tiny_diffusion(), tiny_config(tmp_path))
+
+
+def test_only_one_process_writes_to_a_run(tmp_path):
+    settings = {**LONG, "steps": 100_000}
+    config = tiny_config(tmp_path, **settings)
+    first = start(tmp_path, settings)
+    while last_step(config.folder) < 4:
+        assert first.is_alive()
+        time.sleep(0.01)
+    with pytest.raises(RuntimeError, match="another process is writing to the run 'tiny'; wait for it or stop it"):
+        train(*tiny_diffusion(), config)
+    first.terminate()  # SIGTERM: it ends its step and writes a checkpoint
+    first.join(60)
+    assert first.exitcode == 0 and "run it again to continue" in (tmp_path / "messages-0").read_text()
+    reached = last_step(config.folder)
+    assert checkpoint.step_of(RunFolder(config.folder).checkpoints()[-1]) >= reached > 0
+    stopped_at(reached, config)  # the folder is free again
+
+
+class Payload:
+    """Unpickling this would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_loading_a_checkpoint_never_executes_anything(tmp_path):
+    config = tiny_config(tmp_path)
+    stopped_at(8, config)
+    newest = config.folder / "step-000008"
+    (newest / "optimizer.pt").write_bytes(pickle.dumps(Payload(tmp_path / "executed")))
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["optimizer.pt"] = checkpoint._digest(newest / "optimizer.pt")
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(pickle.UnpicklingError):
+        train(*tiny_diffusion(), config)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_another_model_or_text_is_refused_with_the_difference(tmp_path):
+    config = tiny_config(tmp_path)
+    train(*tiny_diffusion(), config)
+    with pytest.raises(ValueError, match=r"model: 'GPT2LMHeadModel with \d+ parameters' then, 'OPTForCausalLM with"):
+        train(*tiny_diffusion("opt"), config)
+    (tmp_path / "texts" / "000.txt").write_text("another text " * 9)
+    with pytest.raises(ValueError, match=r"corpus: '\w+' then, '\w+' now"):
+        train(*tiny_diffusion(), config)
+    with pytest.raises(ValueError, match="global_batch: 4 then, 8 now"):
+        train(*tiny_diffusion(), config.replace(accumulate=2))
+
+
+def test_nan_weights_are_refused(tmp_path):
+    model, tokenizer = tiny_diffusion()
+    model.transformer.h[0].mlp.c_fc.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"transformer\.h\.0\.mlp\.c_fc\.weight of the model are not finite"):
+        train(model, tokenizer, tiny_config(tmp_path))
+
+
+def main() -> None:
+    """Many more kills than the suite has time for."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=100)
+    kills = parser.parse_args().kills
+    settings = {**LONG, "steps": 6 * kills, "anneal_steps": 3 * kills}
+    with tempfile.TemporaryDirectory() as folder:
+        undisturbed = start(Path(folder), {**settings, "name": "whole"})
+        undisturbed.join()
+        figures = kill_again_and_again(Path(folder), kills, {**settings, "name": "killed"}, seed=0)
+        assert_same(outcome(Path(folder) / "runs" / "killed"), outcome(Path(folder) / "runs" / "whole"))
+    print(f"{settings['steps']} steps: {figures}; history and weights equal the undisturbed run's")
+
+
+if __name__ == "__main__":
+    main()
