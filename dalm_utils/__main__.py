@@ -109,7 +109,7 @@ def _log_line(record: dict) -> str:
         "ratio": "ratio {:.3f}", "lr": "lr {:.2e}", "grad_norm": "gradient {:.2f}", "skipped": "skipped {}",
         "tokens_per_second": "{:,} tokens/s", "memory": "{:.1f} GiB",
     }  # fmt: skip
-    parts = [text.format(record[key]) for key, text in formats.items() if key in record]
+    parts = [text.format(record[key]) for key, text in formats.items() if record.get(key) is not None]
     if "eta" in record:
         parts.append(f"{datetime.timedelta(seconds=record['eta'])} to go")
     return "  ".join(parts)
@@ -128,7 +128,7 @@ def _status(options) -> None:
     print(f"{folder.path.name}: step {step} of {settings['total_steps']}, ", end="")
     print("running now" if folder.is_claimed() else "finished" if step == settings["total_steps"] else "not running")
     print("checkpoints:", ", ".join(path.name for path in folder.checkpoints()) or "none yet")
-    progress = [record for record in history.records if "loss" in record]
+    progress = [record for record in history.records if record.get("loss") is not None]
     if progress:
         print(_log_line(progress[-1]))
         print(_text_curve("training loss", *history.series("loss")))

@@ -214,7 +214,7 @@ class History:
     Keys: step, tokens, loss (mean since the last record), ratio, lr, grad_norm, skipped (steps left out because
     their gradient was not finite), seconds, tokens_per_second, memory (GiB), eta (seconds), and on evaluated
     steps nelbo (nats per token), nelbo_stderr, bits_per_byte; a generated text under sample. AR runs have nll
-    in place of nelbo.
+    in place of nelbo. A loss or gradient norm that was not finite is None.
     """
 
     path: Path | None = None

@@ -256,8 +256,8 @@ class Run:
         self.window_steps = 0
         ratio = {} if self.is_ar else {"ratio": anneal_ratio(self.step - 1, self.config.anneal_steps)}
         return {
-            "loss": loss,
-            "grad_norm": norm,
+            "loss": loss if math.isfinite(loss) else None,  # JSON has no NaN
+            "grad_norm": norm if math.isfinite(norm) else None,
             "lr": self.optimizer.param_groups[0]["lr"],
             **ratio,
             "skipped": int(self.skipped),

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from dalm_utils import as_diffusion, backbone, load_diffusion, nelbo, train, train_arms, training
+from dalm_utils import as_diffusion, backbone, load_diffusion, nelbo, run, train, train_arms, training
 from dalm_utils.checkpoint import MACHINE_KEYS
 from dalm_utils.run import Run, learning_rate
 from tests.helpers import tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
@@ -91,7 +91,7 @@ def test_a_finished_or_other_run_is_not_overwritten(tmp_path):
     assert json.loads((config.folder / "config.json").read_text())["learning_rate"] == 0.001
 
 
-def test_arms_are_paired_and_each_equals_training_alone(tmp_path, monkeypatch):
+def test_arms_are_paired_and_each_equals_training_alone(tmp_path):
     base, tokenizer = tiny_model(vocab=320), tiny_tokenizer()
     base.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
@@ -102,12 +102,29 @@ def test_arms_are_paired_and_each_equals_training_alone(tmp_path, monkeypatch):
     assert arms["plain"].last("loss") != arms["shift"].last("loss")
 
 
+def test_arms_draw_the_same_batches_times_masks_and_annealing(tmp_path):
+    config = tiny_config(tmp_path)
+    accelerator = training._accelerator(config)
+    one = Run(*tiny_diffusion(), config.replace(name="one"), accelerator)
+    other = Run(*tiny_diffusion(shift=False, seed=5), config.replace(name="other", shift=False), accelerator)
+    seen = []
+    for step in range(4):
+        one.step = other.step = step
+        batch = one._batch()
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(batch[:4], other._batch()[:4], strict=True))
+        assert torch.equal(one._attention_mask(), other._attention_mask())
+        seen.append(batch[2])
+    assert not torch.equal(seen[0], seen[1])  # and they differ from step to step
+    one.close()
+    other.close()
+
+
 def test_the_ar_objective_is_the_next_token_loss(tmp_path):
     model, tokenizer = tiny_model(vocab=320), tiny_tokenizer()
     config = tiny_config(tmp_path, objective="ar", steps=1, log_every=1)
-    from dalm_utils.training import _accelerator
-
-    tokens = Run(model, tokenizer, config.replace(name="look"), _accelerator(config), "auto")._batch()[0]
+    look = Run(model, tokenizer, config.replace(name="look"), training._accelerator(config))
+    tokens = look._batch()[0]
+    look.close()
     own = model(tokens, labels=tokens).loss.item()
     history = train(model, tokenizer, config)
     assert history.records[0]["loss"] == pytest.approx(own, rel=1e-5)
@@ -124,34 +141,53 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_fp16_skips_a_step_that_overflows_and_lowers_its_scale(tmp_path, monkeypatch):
-    """The scaler's logic with real float16 products, on the CPU, where accelerate gives no scaler of its own."""
+@pytest.fixture
+def fp16(monkeypatch):
+    """Real float16 products and a loss scaler on the CPU, where accelerate gives none; each call starts anew."""
+
+    def accelerator(config):
+        AcceleratorState._reset_state()
+        one = Accelerator(mixed_precision="fp16", cpu=True)
+        one.native_amp, one.scaler = True, torch.amp.GradScaler("cpu", init_scale=2.0**28)
+        return one
+
+    monkeypatch.setattr(training, "_accelerator", accelerator)
+    for module in (backbone, run):  # float16 although it is slow here
+        monkeypatch.setattr(module, "pick_precision", lambda precision, device: "fp16")
+    yield
     AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
-    accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=2.0**28)
-    monkeypatch.setattr(training, "_accelerator", lambda config: accelerator)
-    monkeypatch.setattr(backbone, "pick_precision", lambda precision, device: precision)  # float16 although it is slow
+
+
+def test_fp16_skips_a_step_that_overflows_and_lowers_its_scale(tmp_path, fp16):
     model, tokenizer = tiny_diffusion()
     before = weights(model)
     config = tiny_config(tmp_path, steps=20, log_every=1, eval_every=20)
     history = train(model, tokenizer, config)
     assert 0 < history.last("skipped") < 15  # the first scale is far too large: skip, halve, until steps are taken
-    assert accelerator.scaler.get_scale() == 2.0 ** (28 - history.last("skipped"))
     assert any(not torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
     state = json.loads((config.folder / "step-000020" / "state.json").read_text())
-    assert state["scaler"]["scale"] == accelerator.scaler.get_scale()
-    AcceleratorState._reset_state()
+    assert state["scaler"]["scale"] == 2.0 ** (28 - history.last("skipped"))
+
+
+@pytest.mark.parametrize("stop", [3, 11])  # while the scale still falls, and after
+def test_an_interrupted_fp16_run_keeps_its_loss_scale(tmp_path, fp16, stop):
+    whole, tokenizer = tiny_diffusion()
+    expected = train(whole, tokenizer, tiny_config(tmp_path, name="whole", steps=20, log_every=1))
+    config = tiny_config(tmp_path, name="parts", steps=20, log_every=1)
+    train(*tiny_diffusion(), config, on_log=stop_after(stop))
+    model, tokenizer = tiny_diffusion(seed=9)
+    assert comparable(train(model, tokenizer, config)) == comparable(expected)
+    assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
 def test_every_block_is_seen_once_in_an_epoch(tmp_path):
-    from dalm_utils.training import _accelerator
-
     config = tiny_config(tmp_path, steps=None, epochs=2)
-    run = Run(*tiny_diffusion(), config, _accelerator(config), "auto")
-    count = len(run.blocks)
-    assert run.total == -(-2 * count // 4)
-    first, second = ([run._block_at(e * count + i) for i in range(count)] for e in (0, 1))
+    one = Run(*tiny_diffusion(), config, training._accelerator(config))
+    count = len(one.blocks)
+    assert one.total == -(-2 * count // 4)
+    first, second = ([one._block_at(e * count + i) for i in range(count)] for e in (0, 1))
+    one.close()
     assert sorted(first) == sorted(second) == list(range(count)) and first != second
 
 
@@ -196,3 +232,37 @@ def test_compiled_and_checkpointed_blocks_give_the_same_curve(tmp_path):
     assert checkpointed.last("loss") == pytest.approx(plain.last("loss"), rel=1e-5)
     compiled = train(*tiny_diffusion(), tiny_config(tmp_path, name="compiled", compile=True))
     assert compiled.last("loss") == pytest.approx(plain.last("loss"), rel=1e-4)
+
+
+def test_trackers_get_the_same_figures_as_the_history(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = tiny_config(tmp_path, trackers="tensorboard")
+    history = train(*tiny_diffusion(), config)
+    events = EventAccumulator(str(config.folder / "trackers")).Reload()
+    for key in ("loss", "nelbo", "lr"):
+        points = [(event.step, event.value) for event in events.Scalars(f"tiny/{key}")]
+        assert [step for step, _ in points] == history.series(key)[0]
+        assert [value for _, value in points] == pytest.approx(history.series(key)[1], rel=1e-6)
+
+
+def test_a_tracker_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"tracker 'wandb' is not installed here \(pip install wandb\)"):
+        train(*tiny_diffusion(), tiny_config(tmp_path, trackers="wandb"))
+
+
+def test_arms_that_would_not_be_paired_are_refused(tmp_path):
+    config = tiny_config(tmp_path)
+    with pytest.raises(ValueError, match=r"the arms differ in seed \(0, and 1 in 'other'\)"):
+        train_arms({"one": config, "other": config.replace(seed=1)})
+
+
+def test_a_second_interrupt_does_not_wait_for_the_step(tmp_path):
+    def press_twice(history, config):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    config = tiny_config(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        train(*tiny_diffusion(), config, on_log=press_twice)
+    assert train(*tiny_diffusion(), config).last("step") == 12  # the folder is free, the run goes on
