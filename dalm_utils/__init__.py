@@ -1,7 +1,8 @@
 """Adapt autoregressive language models into masked-diffusion language models (after arXiv 2410.17891)."""
 
 from .annealing import anneal_ratio, annealed_mask
-from .backbone import as_diffusion, check_attention, load_base, load_diffusion, save_diffusion
+from .backbone import BASES, as_diffusion, check_attention, load_base, load_diffusion, save_diffusion
+from .checkpoint import History
 from .config import RunConfig, load_config
 from .corpus import load_corpus
 from .evaluation import Estimate, ar_nll, nelbo, paired_difference, text_quality
@@ -11,8 +12,10 @@ from .sampling import Samples, generate
 from .training import train, train_arms
 
 __all__ = [
+    "BASES",
     "DiffusionLoss",
     "Estimate",
+    "History",
     "RunConfig",
     "Samples",
     "anneal_ratio",

@@ -151,12 +151,12 @@ def as_diffusion(
     plain transformers gives back the same model.
 
     Args:
-        mask_token: an existing token to use as [MASK]; None adds a new one, whose embedding starts as the
-            mean of all others.
+        mask_token: an existing special token to use as [MASK], one that no text contains; None adds a new one,
+            whose embedding starts as the mean of all others.
         shift: whether the logits at i-1 predict token i.
 
     Raises:
-        ValueError: the model fails `check_attention`, is one already, or `mask_token` does not exist.
+        ValueError: the model fails `check_attention`, is one already, or `mask_token` cannot be used.
     """
     if mask_id_of(model) is not None:
         raise ValueError("this model already has a [MASK] token: it is a diffusion model; load it with load_diffusion")
@@ -164,16 +164,27 @@ def as_diffusion(
     if mask_token is None:
         tokenizer.add_special_tokens({"mask_token": "[MASK]"})
         _append_mean_embedding(model, tokenizer.mask_token_id)
-    elif mask_token in tokenizer.get_vocab():
-        tokenizer.mask_token = mask_token
     else:
-        raise ValueError(
-            f"the tokenizer has no token {mask_token!r} to use as [MASK]; leave mask_token=None to add one"
-        )
+        unusable = _why_not_mask(mask_token, tokenizer)
+        if unusable:
+            raise ValueError(f"{mask_token!r} cannot be [MASK]: {unusable}; leave mask_token=None to add a token")
+        tokenizer.mask_token = mask_token
     model.config.mask_token_id = tokenizer.mask_token_id
     model.config.shift = shift
     model.config.is_causal = False
     return model, tokenizer
+
+
+def _why_not_mask(token: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    token_id = tokenizer.get_vocab().get(token)
+    if token_id is None:
+        return "the tokenizer has no such token"
+    added = tokenizer.added_tokens_decoder.get(token_id)
+    if added is None or not added.special:
+        return "texts may contain it; it must be a special token"
+    if token_id == begin_id(tokenizer):
+        return "it begins every block"
+    return None
 
 
 def _append_mean_embedding(model: PreTrainedModel, mask_id: int) -> None:

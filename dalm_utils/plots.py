@@ -130,6 +130,21 @@ def curves(histories: dict[str, History], ar_nll: float | None = None, ratio_of:
     _show(figure)
 
 
+def nelbo_against_tokens(histories: dict[str, History], ar_nll: float | None = None) -> None:
+    """Held-out NELBO with error bars against the tokens seen, on a logarithmic axis: runs of any length compare."""
+    figure, axis = plt.subplots(figsize=(8, 3.8))
+    for (name, history), color in zip(histories.items(), COLORS, strict=False):
+        tokens, means = history.series("nelbo", x="tokens")
+        axis.errorbar(
+            tokens, means, yerr=history.series("nelbo_stderr")[1], color=color, marker="o", ms=4, capsize=2, label=name
+        )
+    if ar_nll is not None:
+        axis.axhline(ar_nll, color=RED, linestyle="--", label=f"AR model: {ar_nll:.2f}")
+    axis.set(xscale="log", xlabel="tokens seen", ylabel="nats per token", title="held-out NELBO (lower is better)")
+    axis.legend()
+    _show(figure)
+
+
 def _draw_loss(axis, histories: dict[str, History], evaluated: bool = True) -> None:
     for (name, history), color in zip(histories.items(), COLORS, strict=False):
         axis.plot(*history.series("loss"), color=color, alpha=0.35, lw=1)

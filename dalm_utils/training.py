@@ -165,11 +165,13 @@ def _told_where_it_ended(run: Run) -> Iterator[None]:
 
 
 def _accelerator(config: RunConfig) -> Accelerator:
-    """One accelerator serves all arms of a call; a later call in the same process may want another precision."""
+    """One accelerator serves all arms of a call; a later call in the same process may want another machine."""
     device = pick_device(config.device)
     precision = {"fp32": "no"}.get(name := pick_precision(config.precision, device), name)
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
-        AcceleratorState._reset_state()
+    if AcceleratorState._shared_state:
+        state = AcceleratorState()
+        if (state.mixed_precision, state.device.type) != (precision, device.type):
+            AcceleratorState._reset_state(reset_partial_state=state.num_processes == 1)
     trackers = [name.strip() for name in config.trackers.split(",") if name.strip()]
     available = [tracker.value for tracker in get_available_trackers()]
     for name in trackers:

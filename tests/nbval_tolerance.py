@@ -11,7 +11,7 @@ import re
 
 from nbval.plugin import IPyNbCell
 
-RELATIVE, ABSOLUTE = 0.03, 0.025
+RELATIVE, ABSOLUTE = 0.03, 0.006
 DECIMAL = re.compile(r"-?\d+\.\d+")
 
 

@@ -90,16 +90,23 @@ def test_mask_is_a_new_token_that_starts_as_the_mean(tied):
     assert (model.config.mask_token_id, model.config.shift, model.config.is_causal) == (len(before), False, False)
 
 
-def test_mask_can_be_a_token_that_exists():
+def test_mask_can_be_a_special_token_that_exists():
     tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<unused>"]})
     model = tiny_model(vocab=len(tokenizer))
-    model, tokenizer = as_diffusion(model, tokenizer, mask_token="!")
-    assert model.config.mask_token_id == tokenizer.convert_tokens_to_ids("!")
-    assert len(model.get_input_embeddings().weight) == 320
+    model, tokenizer = as_diffusion(model, tokenizer, mask_token="<unused>")
+    assert model.config.mask_token_id == tokenizer.convert_tokens_to_ids("<unused>") == 320
+    assert len(model.get_input_embeddings().weight) == 321
     with pytest.raises(ValueError, match="already has"):
         as_diffusion(model, tokenizer)
-    with pytest.raises(ValueError, match="no token '<none>'"):
-        as_diffusion(tiny_model(vocab=320), tiny_tokenizer(), mask_token="<none>")
+
+
+@pytest.mark.parametrize(
+    "token, reason", [("<none>", "no such token"), ("!", "texts may contain it"), ("<|endoftext|>", "it begins every")]
+)
+def test_a_token_that_cannot_be_mask_is_refused(token, reason):
+    with pytest.raises(ValueError, match=reason):
+        as_diffusion(tiny_model(vocab=320), tiny_tokenizer(), mask_token=token)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from dalm_utils import annealed_mask, corrupt, diffusion_loss, objective, sample_times
+from dalm_utils.objective import _WeightedNLL
 from tests.helpers import FAMILIES, tiny_diffusion, tiny_model
 
 
@@ -205,3 +206,18 @@ def test_a_masked_begin_token_is_refused_under_the_shift():
 def test_times_refuse_nonsense(bad):
     with pytest.raises(ValueError):
         sample_times(**bad)
+
+
+def test_float16_gradients_of_the_head_are_close_although_the_loss_scale_comes_later():
+    """With inputs as small as these, products would underflow if the softmax were not taken in float32."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = 1e-4 * torch.randn(64, 8, generator=generator)
+    weight = torch.randn(500, 8, generator=generator)
+    targets, weights = torch.randint(500, (64,), generator=generator), torch.ones(64)
+    gradients = []
+    for dtype in (torch.float32, torch.float16):
+        inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        total, _ = _WeightedNLL.apply(*inputs, None, targets, weights, None, dtype, True)
+        gradients.append(torch.autograd.grad(total, inputs))
+    for ours, exact in zip(*reversed(gradients), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=2e-2, atol=2e-2 * float(exact.abs().mean()))

@@ -5,13 +5,16 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from dalm_utils import load_diffusion, train
 from dalm_utils.checkpoint import History, RunFolder, is_whole
 from dalm_utils.config import PROJECT
+from dalm_utils.run import Run
 from tests.helpers import tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
 from tests.processes import start_many
 
@@ -109,3 +112,14 @@ def test_the_command_trains_on_two_processes_under_a_launcher(tmp_path):
     settings = json.loads((tmp_path / "runs" / "launched" / "config.json").read_text())
     assert settings["global_batch"] == 4 and settings["total_steps"] == 4
     assert result.stdout.count("checkpoints  ") == 1  # one process reports
+
+
+@pytest.mark.parametrize("processes, accumulate", [(1, 2), (2, 1), (3, 2)])
+def test_the_shares_of_all_processes_are_the_batch_each_row_once(tmp_path, processes, accumulate):
+    run = Run(*tiny_diffusion(), tiny_config(tmp_path, batch=2, accumulate=accumulate), Accelerator(cpu=True))
+    rows, seen = torch.arange(2 * processes * accumulate), []
+    for index in range(processes):
+        run.accelerator = SimpleNamespace(num_processes=processes, process_index=index, device=torch.device("cpu"))
+        seen += [share for (share,) in run._shares(rows)]
+    run.close()
+    assert sorted(torch.cat(seen).tolist()) == rows.tolist()

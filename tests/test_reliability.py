@@ -17,10 +17,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from jupyter_client.manager import start_new_kernel
 from safetensors.torch import load_file
 
 from dalm_utils import checkpoint, train
 from dalm_utils.checkpoint import MACHINE_KEYS, History, RunFolder, is_whole, write_whole
+from dalm_utils.config import PROJECT
 from tests.helpers import tiny_config, tiny_diffusion
 from tests.processes import start
 
@@ -222,6 +224,39 @@ def test_only_one_process_writes_to_a_run(tmp_path):
     reached = last_step(config.folder)
     assert checkpoint.step_of(RunFolder(config.folder).checkpoints()[-1]) >= reached > 0
     stopped_at(reached, config)  # the folder is free again
+
+
+TRAINING_CELL = """
+from pathlib import Path
+from dalm_utils import train
+from tests.helpers import tiny_config, tiny_diffusion
+history = train(*tiny_diffusion(), tiny_config(Path({folder!r}), steps=100_000, log_every=1))
+print("the curve has", len(history.records), "records")
+"""
+
+
+def test_the_stop_button_ends_a_cell_cleanly_and_it_goes_on_when_run_again(tmp_path):
+    """A real kernel, interrupted twice in the same cell."""
+    config = tiny_config(tmp_path, steps=100_000, log_every=1)
+    manager, client = start_new_kernel(cwd=str(PROJECT))
+    try:
+        reached = 0
+        for _ in range(2):
+            client.execute(TRAINING_CELL.format(folder=str(tmp_path)))
+            while last_step(config.folder) < reached + 5:
+                time.sleep(0.02)
+            manager.interrupt_kernel()
+            assert client.get_shell_msg(timeout=60)["content"]["status"] == "ok"
+            stopped = last_step(config.folder)
+            assert stopped > reached and is_whole(config.folder / f"step-{stopped:06d}")
+            said = ""
+            while f"the curve has {stopped} records" not in said:
+                said += client.get_iopub_msg(timeout=60)["content"].get("text", "")
+            assert f"stopped at step {stopped} of 100000; run it again to continue from there" in said
+            reached = stopped
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
 
 
 class Payload:
