@@ -36,10 +36,16 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--prompt")
     command.add_argument("--suffix")
     command.add_argument("--length", type=int, default=64)
-    command.add_argument("--steps", type=int, default=64)
-    command.add_argument("--order", default="random")
+    command.add_argument("--steps", type=int, help="by default one for each token")
+    command.add_argument(
+        "--order", default="random", help="random, first_hitting, confidence, entropy, margin, threshold"
+    )
+    command.add_argument("--block-length", type=int, help="write from left to right in blocks of so many tokens")
     command.add_argument("--temperature", type=float, default=1.0)
     command.add_argument("--top-p", type=float)
+    command.add_argument("--top-k", type=int)
+    command.add_argument("--repetition-penalty", type=float, default=1.0)
+    command.add_argument("--stop-at-end", action="store_true", help="stop where the model ends the document")
     command.add_argument("--num", type=int, default=1)
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(do=_sample)
@@ -156,7 +162,8 @@ def _sample(options) -> None:
     samples = generate(
         *load_diffusion(options.model, device="auto"), prompt=options.prompt, suffix=options.suffix,
         length=options.length, steps=options.steps, order=options.order, temperature=options.temperature,
-        top_p=options.top_p, num_samples=options.num, seed=options.seed,
+        top_p=options.top_p, top_k=options.top_k, repetition_penalty=options.repetition_penalty,
+        block_length=options.block_length, stop_at_end=options.stop_at_end, num_samples=options.num, seed=options.seed,
     )  # fmt: skip
     print("\n\n---\n\n".join(samples.text))
 

@@ -166,30 +166,32 @@ def _token_axis(axis, history: History) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- samples
-def quality_vs_steps(rows: list[dict], references: dict[str, dict]) -> None:
-    """Perplexity under the AR model beside diversity, against denoising steps.
+def quality_vs_passes(rows: list[dict], ar: dict, real: dict) -> None:
+    """Perplexity under the AR judge beside diversity, against forward passes.
 
     Args:
-        rows: dictionaries with order, steps, perplexity, entropy, distinct_2 and repetition.
-        references: the same four figures (without order and steps) for texts to compare with, drawn as lines.
+        rows: dictionaries with order, passes, perplexity, entropy and repetition.
+        ar: the same (without order) for what the AR model wrote: a star.
+        real: the three figures of real text: a line.
     """
     panels = {
         "perplexity": "perplexity under the AR model",
         "entropy": "unigram entropy of a sample (nats)",
         "repetition": "tokens repeated within 16",
     }
-    figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.8))
+    ticks = [4, 8, 16, 32, 64]
+    figure, axes = plt.subplots(1, len(panels), figsize=(13, 4.2))
     for axis, (key, title) in zip(axes, panels.items(), strict=True):
         for order, color in zip(dict.fromkeys(row["order"] for row in rows), COLORS, strict=False):
-            points = [(row["steps"], row[key]) for row in rows if row["order"] == order]
-            axis.plot(*zip(*points, strict=True), "o-", color=color, label=order)
-        for (name, figures), style in zip(references.items(), ("--", ":"), strict=False):
-            axis.axhline(figures[key], color=RED, linestyle=style, label=name)
-        axis.set(xlabel="denoising steps", title=title, xscale="log")
-        axis.set_xticks(steps := sorted({row["steps"] for row in rows}), [str(s) for s in steps], minor=False)
+            points = sorted((row["passes"], row[key]) for row in rows if row["order"] == order)
+            axis.plot(*zip(*points, strict=True), "o-", color=color, ms=4, label=order)
+        axis.plot(ar["passes"], ar[key], "*", color="black", ms=12, label="the AR model")
+        axis.axhline(real[key], color="black", linestyle=":", label="real text")
+        axis.set(xlabel="forward passes", title=title, xscale="log")
+        axis.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
         axis.minorticks_off()
     axes[0].set_yscale("log")
-    axes[0].legend()
+    axes[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4)
     _show(figure)
 
 

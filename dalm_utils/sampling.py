@@ -1,23 +1,26 @@
-"""Writing text: start from [MASK] everywhere and reveal tokens, a few at a time."""
+"""Writing text: start from [MASK] in the gaps and reveal tokens, a few at a time."""
 
 from __future__ import annotations
 
+import math
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .backbone import autocast, begin_id
+from .backbone import autocast, begin_id, pick_precision
 from .corpus import encode
-from .objective import hidden_states, logits_of, seeded
+from .objective import CHUNK_ELEMENTS, hidden_states, logits_of, seeded
 
-ORDERS = ("random", "confidence")
+Parts = list[str | int]  # given texts, and gaps of so many tokens
 
 
 @dataclass(frozen=True)
 class Reveal:
-    """One step of denoising: which tokens appeared where. Three lists of equal length."""
+    """One forward pass of denoising: which tokens appeared where. Three lists of equal length."""
 
     step: int
     rows: list[int]
@@ -27,7 +30,7 @@ class Reveal:
 
 @dataclass(frozen=True)
 class Samples:
-    """Generated text; `tokens` is `[N, L]` with the begin token, prompt and suffix included."""
+    """Generated text; `tokens` is `[N, L]`: the begin token, what was given, what was written, and padding."""
 
     text: list[str]
     tokens: Tensor
@@ -40,110 +43,194 @@ def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    prompt: str | None = None,
+    prompt: str | list[str] | None = None,
     suffix: str | None = None,
-    length: int,
-    steps: int,
+    length: int | None = None,
+    parts: Parts | list[Parts] | None = None,
+    steps: int | None = None,
     order: str = "random",
+    threshold: float = 0.9,
+    block_length: int | None = None,
     temperature: float = 1.0,
     top_p: float | None = None,
     top_k: int | None = None,
+    repetition_penalty: float = 1.0,
+    stop_at_end: bool = False,
     num_samples: int = 1,
     seed: int = 0,
     return_history: bool = False,
     precision: str = "auto",
 ) -> Samples:
-    """Fill `length` masked positions after `prompt` and before `suffix`.
+    """Fill `length` masked positions after `prompt` and before `suffix`, or the gaps of `parts`.
 
-    Orders:
+    Two orders are planned before anything is seen, and sample the model's any-order distribution:
         random: each position is revealed at a step drawn uniformly from `steps`: ancestral sampling of the
-            linear schedule (arXiv 2410.17891, algorithm 2).  With one position per step it samples the model's
-            any-order distribution exactly; tokens revealed together are drawn independently.
-        confidence: every step proposes a token everywhere and keeps those with the highest probability, the
-            same number each step (arXiv 2202.04200).  Often better text, but biased: it does not sample the
-            model's distribution.
+            linear schedule (arXiv 2410.17891, algorithm 2).  Positions that share a step are drawn independently of
+            each other; the more steps, the fewer do.
+        first_hitting: one position at a time, in random order (arXiv 2409.02908): exact, with one forward pass
+            per token, however many `steps` are asked for.
 
-    In random order only positions about to be revealed meet the head; a step that reveals nothing costs nothing.
-    Tokens are drawn in float64, because float32 noise lowers the effective temperature (arXiv 2409.02908).
+    Four are greedy: each token is a draw from the model, but which comes next depends on what it is sure of.  Often
+    better text, but biased: not the any-order distribution.
+        confidence, entropy, margin: first where the best token has the highest probability, the entropy is
+            lowest, or the two best are farthest apart; the same number of positions each step (arXiv 2202.04200).
+        threshold: every position whose best token has at least probability `threshold`, and one at least;
+            `steps` plays no part.
+
+    Only positions about to be revealed meet the vocabulary filters, and in planned orders the head too; a step that
+    reveals nothing costs nothing.  Tokens are drawn in float64: Gumbel noise in fewer bits lowers the temperature
+    (2409.02908).
 
     Args:
+        prompt: text before the gap; a list is a batch, whose shorter sequences are padded, unseen by anyone.
         length: tokens to write.
-        steps: denoising steps; in random order some positions share a step even when there are as many steps.
+        parts: in place of prompt, length and suffix, texts and gaps: ["x : ", 8, "Returns", 5]; or a list of such.
+        steps: denoising steps for all blocks together; by default as many as the longest sequence has gaps to fill.
+        block_length: fill so many positions before any further to the right (semi-autoregressive); None: no blocks.
         temperature: divides the logits; 0 takes the most probable token.
         top_p, top_k: keep the smallest set of tokens with this probability; this many tokens.
+        repetition_penalty: above 1 makes tokens less likely that the sequence shows already (arXiv 1909.05858).
+        stop_at_end: what lies right of a block with an end token is not computed, and the text ends there.
+        num_samples: texts for each prompt; they stand together in the result.
 
     Raises:
         ValueError: a value out of range, or more positions than the model has.
     """
-    if length < 1 or steps < 1 or num_samples < 1 or temperature < 0:
-        raise ValueError(
-            "need length, steps, num_samples >= 1 and temperature >= 0, "
-            f"got {length}, {steps}, {num_samples}, {temperature}"
-        )
-    if order not in ORDERS:
-        raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {order!r}")
-    if (top_p is not None and not 0 < top_p <= 1) or (top_k is not None and top_k < 1):
-        raise ValueError(f"need 0 < top_p <= 1 and top_k >= 1, got top_p={top_p}, top_k={top_k}")
-    mask_id = model.config.mask_token_id
-    canvas = _canvas(model, tokenizer, prompt, suffix, length).repeat(num_samples, 1)  # [N, L]
+    rows = _rows(prompt, suffix, length, parts)
+    _check(order, steps, threshold, block_length, temperature, top_p, top_k, repetition_penalty, num_samples)
+    end = _end_id(tokenizer) if stop_at_end else None
+    canvas, blocks, real = _canvas(model, tokenizer, [row for row in rows for _ in range(num_samples)], block_length)
+    holes = blocks >= 0
+    most_holes, most_blocks = int(holes.sum(1).max()), int(blocks.max()) + 1
+    per_block = (steps or most_holes) // most_blocks
+    if per_block == 0:
+        raise ValueError(f"{steps} steps are too few for {most_blocks} blocks; raise steps or block_length")
     draws = seeded(seed, 0, "generate")
-    plan = torch.randint(steps, canvas.shape, generator=draws)  # the step at which `random` reveals each position
+    choose = ORDERS[order](blocks, per_block, threshold, draws)
+    attention_mask = _hide_padding(real, model, precision)
     was_training = model.training
     model.eval()
-    history, forward_passes = [], 0
+    history = []
 
-    for step in range(steps):
-        hidden_now = (canvas == mask_id).cpu()
-        wanted = hidden_now & (plan == step) if order == "random" else hidden_now
+    while holes.any():
+        step, wanted = choose.candidates(holes)
         active = wanted.any(1).nonzero()[:, 0]  # sequences with nothing to reveal are left alone
-        if len(active) == 0:
-            continue
+        where = active.to(model.device)
         with autocast(model.device, precision):
-            hidden = hidden_states(model, canvas[active.to(canvas.device)])
-            rows, columns = wanted[active].nonzero(as_tuple=True)
-            logits = logits_of(model, hidden[rows, columns - 1 if model.config.shift else columns])  # [M, V]
-        forward_passes += 1
-        logits[:, len(tokenizer) :] = -torch.inf  # rows that pad the embedding are not tokens
-        tokens, probability = draw(logits, temperature, top_p, top_k, draws)
-        rows = active[rows]
-        if order == "confidence":
-            keep = _most_confident(probability, rows, hidden_now.sum(1), steps - step)
-            rows, columns, tokens = rows[keep], columns[keep], tokens[keep]
-        canvas[rows.to(canvas.device), columns.to(canvas.device)] = tokens.to(canvas.device)
-        if return_history:
-            history.append(Reveal(step, rows.tolist(), columns.tolist(), tokens.tolist()))
+            hidden = hidden_states(model, canvas[where], None if attention_mask is None else attention_mask[where])
+            places, columns = wanted[active].nonzero(as_tuple=True)
+            sources = hidden[places, columns - 1 if model.config.shift else columns]  # [M, D]
+            if choose.measure is not None:
+                kept = choose.keep(_measured(model, tokenizer, sources, choose.measure), active[places])
+                places, columns, sources = places[kept], columns[kept], sources[kept.to(model.device)]
+            logits = _logits(model, tokenizer, sources)
+        revealed = active[places]
+        if repetition_penalty != 1.0:
+            logits = _penalise(logits, canvas[revealed.to(model.device)], repetition_penalty)
+        tokens = draw(logits, temperature, top_p, top_k, draws)
+        canvas[revealed.to(model.device), columns.to(model.device)] = tokens.to(model.device)
+        holes[revealed, columns] = False
+        history.append(Reveal(step, revealed.tolist(), columns.tolist(), tokens.tolist()))
+        if end is not None:
+            _close_ended(canvas, holes, blocks, end)
 
     model.train(was_training)
-    text = tokenizer.batch_decode(canvas[:, 1:], skip_special_tokens=True)
-    return Samples(text, canvas.cpu(), history, forward_passes)
+    canvas = canvas.cpu()
+    if end is not None:  # the text ends before the end token
+        real &= ~((blocks >= 0) & ((canvas == end) & (blocks >= 0)).cumsum(1).bool())
+    text = [tokenizer.decode(row[shown][1:], skip_special_tokens=True) for row, shown in zip(canvas, real, strict=True)]
+    return Samples(text, canvas, history if return_history else [], len(history))
 
 
-def _canvas(model, tokenizer, prompt: str | None, suffix: str | None, length: int) -> Tensor:
-    before, after = encode(tokenizer, [prompt or "", suffix or ""])
-    canvas = [begin_id(tokenizer)] + before + [model.config.mask_token_id] * length + after
-    room = getattr(model.config, "max_position_embeddings", len(canvas))
-    if len(canvas) > room:
-        raise ValueError(
-            f"prompt ({len(before)} tokens), length ({length}), suffix ({len(after)}) and the begin token make "
-            f"{len(canvas)} positions; the model has {room}"
-        )
-    return torch.tensor([canvas], device=model.device)
+# ----------------------------------------------------------------------------------------------- the orders
+class _Planned:
+    """Reveals each position at a step that was drawn beforehand."""
+
+    measure = None
+
+    def __init__(self, plan: Tensor):
+        self.plan = plan  # [N, L]
+
+    def candidates(self, holes: Tensor) -> tuple[int, Tensor]:
+        step = int(self.plan[holes].min())  # steps at which nothing is planned are passed over
+        return step, holes & (self.plan == step)
 
 
+class _Greedy:
+    """Reveals, in the leftmost block with a hole, what the model is surest of."""
+
+    def __init__(self, blocks: Tensor, per_block: int, measure: Callable, sure: float = math.inf):
+        self.blocks, self.per_block, self.measure, self.sure = blocks, per_block, measure, sure
+        self.step, self.block = -1, torch.full((len(blocks),), -1)
+        self.steps_left = torch.zeros(len(blocks), dtype=torch.long)
+
+    def candidates(self, holes: Tensor) -> tuple[int, Tensor]:
+        self.step += 1
+        block = self.blocks.where(holes, self.blocks.max() + 1).min(1).values
+        self.steps_left = torch.where(block == self.block, self.steps_left - 1, self.per_block)
+        self.block = block
+        wanted = holes & (self.blocks == block[:, None])
+        self.quota = -(-wanted.sum(1) // self.steps_left.clamp(min=1))  # [N]
+        return self.step, wanted
+
+    def keep(self, score: Tensor, rows: Tensor) -> Tensor:
+        """Indices of the best `quota` candidates in each row, and of all that are sure."""
+        by_score = score.argsort(descending=True)
+        by_row = by_score[rows[by_score].argsort(stable=True)]  # rows in order, best first in each
+        place = torch.arange(len(rows)) - torch.searchsorted(rows[by_row].contiguous(), rows[by_row].contiguous())
+        return by_row[(place < self.quota[rows[by_row]]) | (score[by_row] >= self.sure)]
+
+
+def _random(blocks: Tensor, per_block: int, threshold: float, draws: torch.Generator) -> _Planned:
+    return _Planned(blocks * per_block + torch.randint(per_block, blocks.shape, generator=draws))
+
+
+def _first_hitting(blocks: Tensor, per_block: int, threshold: float, draws: torch.Generator) -> _Planned:
+    times = torch.rand(blocks.shape, generator=draws, dtype=torch.float64)
+    return _Planned((blocks + times).where(blocks >= 0, math.inf).argsort(1).argsort(1))
+
+
+def _confidence(p: Tensor) -> Tensor:
+    return p.max(-1).values
+
+
+def _negative_entropy(p: Tensor) -> Tensor:
+    return -torch.special.entr(p).sum(-1)
+
+
+def _margin(p: Tensor) -> Tensor:
+    best, second = p.topk(2, -1).values.unbind(-1)
+    return best - second
+
+
+ORDERS = {
+    "random": _random,
+    "first_hitting": _first_hitting,
+    "confidence": lambda blocks, per_block, *_: _Greedy(blocks, per_block, _confidence),
+    "entropy": lambda blocks, per_block, *_: _Greedy(blocks, per_block, _negative_entropy),
+    "margin": lambda blocks, per_block, *_: _Greedy(blocks, per_block, _margin),
+    "threshold": lambda blocks, _, threshold, __: _Greedy(blocks, sys.maxsize, _confidence, sure=threshold),
+}
+
+
+def _measured(model, tokenizer, sources: Tensor, measure: Callable) -> Tensor:
+    """`measure` of the predicted distributions, a chunk at a time: `[M]` on the CPU."""
+    chunk = max(64, CHUNK_ELEMENTS[sources.device.type] // len(model.get_output_embeddings().weight))
+    return torch.cat([measure(_logits(model, tokenizer, part).softmax(-1)).cpu() for part in sources.split(chunk)])
+
+
+# ----------------------------------------------------------------------------------------------- one token
 def draw(
     logits: Tensor, temperature: float, top_p: float | None, top_k: int | None, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """One token for each row of logits `[M, V]`, and its probability before filtering: two `[M]` on the CPU."""
-    probability = logits.double().softmax(-1)
+) -> Tensor:
+    """One token for each row of logits `[M, V]`, drawn in float64: `[M]` on the CPU."""
     if temperature == 0:
-        chosen = probability.argmax(-1)
-    else:
-        weights = probability if temperature == 1 else (logits.double() / temperature).softmax(-1)
-        weights = _keep_top(weights, top_p, top_k) if top_p or top_k else weights
-        cumulative = weights.cumsum(-1)
-        threshold = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(logits.device)
-        chosen = torch.searchsorted(cumulative, threshold * cumulative[:, -1:], right=True)[:, 0]
-    return chosen.cpu(), probability.gather(-1, chosen[:, None])[:, 0].cpu()
+        return logits.argmax(-1).cpu()
+    weights = (logits.double() / temperature).softmax(-1)
+    weights = _keep_top(weights, top_p, top_k) if top_p or top_k else weights
+    cumulative = weights.cumsum(-1)
+    chance = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(logits.device)
+    return torch.searchsorted(cumulative, chance * cumulative[:, -1:], right=True)[:, 0].cpu()
 
 
 def _keep_top(weights: Tensor, top_p: float | None, top_k: int | None) -> Tensor:
@@ -156,10 +243,98 @@ def _keep_top(weights: Tensor, top_p: float | None, top_k: int | None) -> Tensor
     return weights.masked_fill(torch.zeros_like(drop).scatter(-1, index, drop), 0.0)
 
 
-def _most_confident(probability: Tensor, rows: Tensor, remaining: Tensor, steps_left: int) -> Tensor:
-    """Indices of the proposals to keep: in each row the best ceil(remaining / steps_left)."""
-    quota = -(-remaining // steps_left)  # [N]
-    by_confidence = probability.argsort(descending=True)
-    by_row = by_confidence[rows[by_confidence].argsort(stable=True)]  # rows in order, best first in each
-    place = torch.arange(len(rows)) - torch.searchsorted(rows[by_row].contiguous(), rows[by_row].contiguous())
-    return by_row[place < quota[rows[by_row]]]
+def _penalise(logits: Tensor, shown: Tensor, penalty: float) -> Tensor:
+    """Lower the logits `[M, V]` of the tokens `[M, L]` that a sequence shows ([MASK], among them, is at -inf)."""
+    score = logits.gather(-1, shown)
+    return logits.scatter(-1, shown, torch.where(score > 0, score / penalty, score * penalty))
+
+
+def _logits(model, tokenizer, hidden: Tensor) -> Tensor:
+    logits = logits_of(model, hidden)
+    logits[:, len(tokenizer) :] = -torch.inf  # rows that pad the embedding are not tokens
+    return logits
+
+
+# --------------------------------------------------------------------------------------------- the sequences
+def _rows(prompt, suffix, length, parts) -> list[Parts]:
+    if parts is None:
+        if length is None or length < 1:
+            raise ValueError(f"need length >= 1, the number of tokens to write, or parts; got length={length}")
+        prompts = prompt if isinstance(prompt, list) else [prompt]
+        return [[text or "", length, suffix or ""] for text in prompts]
+    if (prompt, suffix, length) != (None, None, None):
+        raise ValueError("give either parts, or prompt, length and suffix")
+    rows = parts if parts and isinstance(parts[0], list) else [parts]
+    for row in rows:
+        gaps = [part for part in row if not isinstance(part, str)]
+        if not gaps or not all(isinstance(gap, int) and gap > 0 for gap in gaps):
+            raise ValueError(f"parts are texts and gap sizes, with at least one gap of at least one token; got {row!r}")
+    return rows
+
+
+def _canvas(model, tokenizer, rows: list[Parts], block_length: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Three `[N, L]`: the tokens, [MASK] in the gaps; each gap position's block, else -1; what is not padding."""
+    texts = {part for row in rows for part in row if isinstance(part, str)}
+    ids = dict(zip(texts, encode(tokenizer, list(texts)), strict=True)) if texts else {}
+    begin, mask = begin_id(tokenizer), model.config.mask_token_id
+    tokens = [
+        [begin] + [t for part in row for t in (ids[part] if isinstance(part, str) else [mask] * part)] for row in rows
+    ]
+    gaps = [
+        [False] + [g for part in row for g in ([False] * len(ids[part]) if isinstance(part, str) else [True] * part)]
+        for row in rows
+    ]
+    longest = max(map(len, tokens))
+    room = getattr(model.config, "max_position_embeddings", longest)
+    if longest > room:
+        raise ValueError(f"given text, gaps and the begin token make {longest} positions; the model has {room}")
+    real = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in tokens])
+    holes = torch.tensor([row + [False] * (longest - len(row)) for row in gaps])
+    blocks = ((holes.cumsum(1) - 1) // (block_length or longest)).where(holes, -1)
+    padded = [row + [begin] * (longest - len(row)) for row in tokens]
+    return torch.tensor(padded, device=model.device), blocks, real
+
+
+def _hide_padding(real: Tensor, model, precision: str) -> Tensor | None:
+    """An additive mask `[N, 1, 1, L]` that keeps everyone from attending to padding; None if there is none."""
+    if real.all():
+        return None
+    kinds = {"fp32": model.dtype, "bf16": torch.bfloat16, "fp16": torch.float16}
+    mask = torch.zeros(real.shape, dtype=kinds[pick_precision(precision, model.device)])
+    return mask.masked_fill(~real, -torch.inf)[:, None, None].to(model.device)
+
+
+def _close_ended(canvas: Tensor, holes: Tensor, blocks: Tensor, end: int) -> None:
+    """Where a finished block holds the end token, what lies to its right is not to be written."""
+    ends = (canvas.cpu() == end) & (blocks >= 0) & ~holes
+    first = blocks.where(ends, blocks.max() + 1).min(1, keepdim=True).values  # [N, 1]: the block with an end token
+    unfinished = (holes & (blocks <= first)).any(1, keepdim=True)
+    closed = holes & (blocks > first) & ~unfinished
+    canvas[closed.to(canvas.device)] = end
+    holes &= ~closed
+
+
+def _end_id(tokenizer) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ValueError("stop_at_end needs a tokenizer with an end token; this one has none")
+    return tokenizer.eos_token_id
+
+
+def _check(order, steps, threshold, block_length, temperature, top_p, top_k, repetition_penalty, num_samples) -> None:
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {order!r}")
+    for name, value in {
+        "steps": steps,
+        "block_length": block_length,
+        "top_k": top_k,
+        "num_samples": num_samples,
+    }.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    for name, value in {"top_p": top_p, "threshold": threshold}.items():
+        if value is not None and not 0 < value <= 1:
+            raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
+    if temperature < 0 or repetition_penalty <= 0:
+        raise ValueError(
+            f"need temperature >= 0 and repetition_penalty > 0, got {temperature} and {repetition_penalty}"
+        )

@@ -71,11 +71,20 @@ def test_the_live_curve_redraws_and_closes_its_figures(shown):
 
 def test_quality_panels(shown):
     rows = [
-        dict(order=order, steps=steps, perplexity=100 / steps, entropy=3.0, distinct_2=0.9, repetition=0.2)
-        for order in ("random", "confidence") for steps in (4, 8)
+        dict(order=order, passes=passes, perplexity=100 / passes, entropy=3.0, distinct_2=0.9, repetition=0.2)
+        for order in ("random", "confidence") for passes in (8, 4)
     ]  # fmt: skip
-    plots.quality_vs_steps(rows, {"real text": dict(perplexity=20, entropy=3.5, distinct_2=1, repetition=0.1)})
-    assert [len(axis.lines) for axis in shown[0].axes] == [3, 3, 3]
+    figures = dict(perplexity=20, entropy=3.5, distinct_2=1, repetition=0.1)
+    plots.quality_vs_passes(rows, {"passes": 95, **figures}, figures)
+    assert [len(axis.lines) for axis in shown[0].axes] == [4, 4, 4]
+    assert list(shown[0].axes[0].lines[0].get_xdata()) == [4, 8]  # by passes, whatever the order of the rows
+
+
+def test_nelbo_against_tokens_puts_runs_of_any_length_on_one_axis(shown):
+    plots.nelbo_against_tokens({"short": history(25), "long": history()}, ar_nll=2.5)
+    (axis,) = shown[0].axes
+    assert axis.get_xscale() == "log"
+    assert list(axis.containers[1].lines[0].get_xdata()) == history().series("nelbo", x="tokens")[0]
 
 
 def test_corrupted_text_is_escaped_and_gaps_are_visible(shown):

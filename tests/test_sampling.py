@@ -1,14 +1,17 @@
 import itertools
 import math
+import re
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
 from dalm_utils import generate
+from dalm_utils.corpus import encode
 from dalm_utils.objective import hidden_states, logits_of
 from dalm_utils.sampling import ORDERS, draw
-from tests.helpers import tiny_diffusion
+from tests.helpers import FAMILIES, tiny_diffusion
 
 CHI2_7_1E4 = 29.88  # a chi-squared variable with 7 degrees of freedom exceeds this once in 10,000
 
@@ -32,7 +35,8 @@ def test_samples_hold_no_mask_and_keep_prompt_and_suffix(order, steps, shift):
     assert (samples.tokens[:, 0] == tokenizer.bos_token_id).all()
     revealed = [(r, p) for reveal in samples.history for r, p in zip(reveal.rows, reveal.positions, strict=True)]
     assert len(revealed) == len(set(revealed)) == 3 * 9  # each position of each sample exactly once
-    assert samples.forward_passes == len(samples.history) <= steps
+    assert samples.forward_passes == len(samples.history)
+    assert samples.forward_passes <= (9 if order in ("first_hitting", "threshold") else steps)
 
 
 def test_the_history_rebuilds_the_sample(diffusion):
@@ -57,58 +61,204 @@ def test_draws_follow_the_intended_distribution(dtype, temperature):
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0, -4.0]).to(dtype)
     intended = (logits.double() / temperature).softmax(-1)
     count = 100_000
-    tokens, probability = draw(logits.expand(count, 8), temperature, None, None, torch.Generator().manual_seed(0))
+    tokens = draw(logits.expand(count, 8), temperature, None, None, torch.Generator().manual_seed(0))
     seen = torch.bincount(tokens, minlength=8).double()
     assert ((seen - count * intended) ** 2 / (count * intended)).sum() < CHI2_7_1E4
-    torch.testing.assert_close(probability, logits.double().softmax(-1)[tokens])
 
 
 def test_filters_keep_the_smallest_sufficient_set():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(5000, 4)
     generator = torch.Generator().manual_seed(0)
-    assert set(draw(logits, 1.0, 0.8, None, generator)[0].tolist()) == {0, 1}
-    assert set(draw(logits, 1.0, 0.81, None, generator)[0].tolist()) == {0, 1, 2}
-    assert set(draw(logits, 1.0, None, 1, generator)[0].tolist()) == {0}
-    assert set(draw(logits, 1.0, 1.0, None, generator)[0].tolist()) == {0, 1, 2, 3}
+    assert set(draw(logits, 1.0, 0.8, None, generator).tolist()) == {0, 1}
+    assert set(draw(logits, 1.0, 0.81, None, generator).tolist()) == {0, 1, 2}
+    assert set(draw(logits, 1.0, None, 1, generator).tolist()) == {0}
+    assert set(draw(logits, 1.0, 1.0, None, generator).tolist()) == {0, 1, 2, 3}
 
 
 def test_an_impossible_token_is_never_drawn():
     logits = torch.tensor([0.0, -math.inf, 0.0]).expand(20_000, 3)
-    assert 1 not in draw(logits, 1.0, None, None, torch.Generator().manual_seed(0))[0]
+    assert 1 not in draw(logits, 1.0, None, None, torch.Generator().manual_seed(0))
 
 
-def test_random_order_with_one_token_a_time_samples_the_any_order_distribution():
-    """Enumerated: two positions, two orders, four allowed tokens."""
+# ------------------------------------------------------------- which distribution an order samples, enumerated
+WORDS, PLACES = (1, 2, 3), 4
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A diffusion model that knows three words, and its conditionals for every partly masked text of four."""
     model, tokenizer = tiny_diffusion(seed=3)
-    allowed, mask_id, count = 4, model.config.mask_token_id, 4000
     forbid = torch.full((len(tokenizer),), -math.inf)
-    forbid[1 : 1 + allowed] = 0
+    forbid[list(WORDS)] = 0
+    model.get_output_embeddings().bias = torch.nn.Parameter(forbid)
+    mask = model.config.mask_token_id
+    states = list(itertools.product((mask, *WORDS), repeat=PLACES))
     with torch.no_grad():
-        head = model.get_output_embeddings()
-        head.bias = torch.nn.Parameter(forbid)  # a head that knows four tokens
+        hidden = hidden_states(model, torch.tensor([[0, *state] for state in states]))
+        p = logits_of(model, hidden[:, :-1])[..., list(WORDS)].softmax(-1).double()
+    return model, tokenizer, {state: p[i].numpy() for i, state in enumerate(states)}
 
-    def conditional(canvas, position):
-        return logits_of(model, hidden_states(model, torch.tensor([canvas]))[0, position - 1]).softmax(-1)
 
-    intended = Counter()
-    with torch.no_grad():
-        for first, second in ((1, 2), (2, 1)):
-            before = conditional([0, mask_id, mask_id], first)
-            for a in range(1, 1 + allowed):
-                canvas = [0, mask_id, mask_id]
-                canvas[first] = a
-                after = conditional(canvas, second)
-                for b in range(1, 1 + allowed):
-                    pair = (a, b) if first == 1 else (b, a)
-                    intended[pair] += 0.5 * float(before[a] * after[b])
-    assert sum(intended.values()) == pytest.approx(1, abs=1e-4)
+def distribution(small, chances, block_length=PLACES):
+    """The probability of each text if the next place is chosen with `chances(p of the open places)`."""
+    model, _, conditionals = small
+    mask, mass, final = model.config.mask_token_id, {}, Counter()
+    mass[(mask,) * PLACES] = 1.0
+    for _ in range(PLACES):
+        following = Counter()
+        for state, weight in mass.items():
+            holes = [i for i in range(PLACES) if state[i] == mask]
+            holes = [i for i in holes if i // block_length == holes[0] // block_length]
+            for place, chance in zip(holes, chances(conditionals[state][holes]), strict=True):
+                for word, q in zip(WORDS, conditionals[state][place], strict=True):
+                    following[(*state[:place], word, *state[place + 1 :])] += weight * chance * q
+        mass = following
+    final.update(mass)
+    assert sum(final.values()) == pytest.approx(1)
+    return final
 
-    samples = generate(model, tokenizer, length=2, steps=10_000, num_samples=count, precision="fp32", seed=1)
+
+def any_order(p):
+    return np.full(len(p), 1 / len(p))
+
+
+def surest(score):
+    return lambda p: np.eye(len(p))[np.argmax([score(q) for q in p])]
+
+
+GREEDY = {
+    "confidence": surest(max),
+    "entropy": surest(lambda q: float((q * np.log(q)).sum())),
+    "margin": surest(lambda q: float(np.diff(np.sort(q)[-2:])[0])),
+    "threshold": surest(max),
+}
+
+
+def distance(small, intended, **options):
+    """Total variation between samples and `intended`, in units of what a perfect sampler would show."""
+    count = 6000
+    samples = generate(*small[:2], length=PLACES, num_samples=count, precision="fp32", seed=1, **options)
     seen = Counter(map(tuple, samples.tokens[:, 1:].tolist()))
-    pairs = list(itertools.product(range(1, 1 + allowed), repeat=2))
-    distance = 0.5 * sum(abs(seen[pair] / count - intended[pair]) for pair in pairs)
-    expected = 0.5 * sum((2 / math.pi * p * (1 - p) / count) ** 0.5 for p in intended.values())  # of a perfect sampler
-    assert distance < 2.5 * expected
+    texts = list(itertools.product(WORDS, repeat=PLACES))
+    variation = 0.5 * sum(abs(seen[text] / count - intended[text]) for text in texts)
+    return variation / (0.5 * sum((2 / math.pi * intended[t] * (1 - intended[t]) / count) ** 0.5 for t in texts))
+
+
+@pytest.mark.parametrize("block_length", [None, 2])
+@pytest.mark.parametrize("order, steps", [("random", 300), ("first_hitting", None), ("first_hitting", 2)])
+def test_planned_orders_sample_the_any_order_distribution(small, order, steps, block_length):
+    intended = distribution(small, any_order, block_length or PLACES)
+    assert distance(small, intended, order=order, steps=steps, block_length=block_length) < 1.4
+
+
+@pytest.mark.parametrize("block_length", [None, 2])
+@pytest.mark.parametrize("order", GREEDY)
+def test_greedy_orders_sample_what_they_say_and_it_is_another_distribution(small, order, block_length):
+    options = dict(order=order, threshold=1.0, block_length=block_length)
+    assert distance(small, distribution(small, GREEDY[order], block_length or PLACES), **options) < 1.4
+    assert distance(small, distribution(small, any_order, block_length or PLACES), **options) > 2
+
+
+def test_few_steps_are_not_the_any_order_distribution(small):
+    """The price of revealing tokens together, which the docstring states: this test would notice a free lunch."""
+    assert distance(small, distribution(small, any_order), order="random", steps=1) > 2
+
+
+def test_which_other_ways_to_draw_would_shift_the_temperature():
+    """torch.multinomial would not have, on the CPU, not even in bfloat16; Gumbel noise in bfloat16 does."""
+    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0, -4.0])
+    intended, count = logits.double().softmax(-1), 100_000
+
+    def multinomial(dtype):
+        return logits.to(dtype).softmax(-1).expand(count, 8).multinomial(1)[:, 0]
+
+    def gumbel(dtype):
+        noise = -torch.log(-torch.log(torch.rand(count, 8, dtype=dtype)))
+        return (logits.to(dtype) + noise).argmax(-1)
+
+    def chi_squared(way, dtype):
+        torch.manual_seed(0)
+        seen = torch.bincount(way(dtype), minlength=8)
+        return float(((seen - count * intended) ** 2 / (count * intended)).sum())
+
+    assert chi_squared(multinomial, torch.float32) < CHI2_7_1E4
+    assert chi_squared(multinomial, torch.bfloat16) < CHI2_7_1E4
+    assert chi_squared(gumbel, torch.float64) < CHI2_7_1E4
+    assert chi_squared(gumbel, torch.bfloat16) > 2 * CHI2_7_1E4
+
+
+# ----------------------------------------------------------------------------------------- what can be asked for
+@pytest.mark.parametrize("order", ORDERS)
+def test_several_gaps_are_filled_and_what_is_given_stays(diffusion, order):
+    model, tokenizer = diffusion
+    parts = ["Return the", 3, "of an array", 4, "along the axis", 2]
+    samples = generate(model, tokenizer, parts=parts, order=order, num_samples=2, return_history=True)
+    for text, tokens in zip(samples.text, samples.tokens, strict=True):
+        assert re.fullmatch(r"Return the.*of an array.*along the axis.*", text, re.DOTALL)
+        given = [len(encode(tokenizer, [part])[0]) if isinstance(part, str) else part for part in parts]
+        assert len(tokens) == 1 + sum(given)
+    assert sum(len(reveal.tokens) for reveal in samples.history) == 2 * (3 + 4 + 2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_in_a_batch_of_prompts_changes_nothing(family):
+    """What is written for each prompt of a batch is what is written for it alone."""
+    model, tokenizer = tiny_diffusion(family)
+    prompts = ["Return", "Return the sum of an array along the given axis.", "a : array_like"]
+    assert len(set(map(len, encode(tokenizer, prompts)))) == 3
+    options = dict(length=5, order="confidence", temperature=0, precision="fp32")  # nothing in it is drawn
+    batch = generate(model, tokenizer, prompt=prompts, **options)
+    alone = [generate(model, tokenizer, prompt=prompt, **options).text[0] for prompt in prompts]
+    assert batch.text == alone and all(text.startswith(p) for text, p in zip(alone, prompts, strict=True))
+
+
+def test_blocks_are_filled_from_left_to_right(diffusion):
+    for order in ORDERS:
+        samples = generate(*diffusion, prompt="a", length=12, order=order, block_length=4, return_history=True)
+        seen = [p for reveal in samples.history for p in reveal.positions]
+        first = min(seen)
+        assert [sorted(seen[i : i + 4]) for i in (0, 4, 8)] == [
+            list(range(first + i, first + i + 4)) for i in (0, 4, 8)
+        ]
+
+
+def only(model, tokenizer, token_id):
+    """The same model, now sure of one token."""
+    bias = torch.full((len(tokenizer),), -30.0)
+    bias[token_id] = 30.0
+    model.get_output_embeddings().bias = torch.nn.Parameter(bias)
+    return model
+
+
+def test_nothing_is_computed_after_the_end():
+    model, tokenizer = tiny_diffusion()
+    model = only(model, tokenizer, tokenizer.eos_token_id)
+    options = dict(prompt="Return", length=12, block_length=4, order="first_hitting")
+    ended = generate(model, tokenizer, **options, stop_at_end=True)
+    assert ended.text == ["Return"] and ended.forward_passes == 4
+    assert generate(model, tokenizer, **options).forward_passes == 12
+    other = generate(*tiny_diffusion(), **options, stop_at_end=True)  # a text without an end is not cut
+    assert other.forward_passes == 12 or tokenizer.eos_token_id in other.tokens[0, 2:]
+
+
+def test_a_repetition_penalty_makes_shown_tokens_rarer():
+    model, tokenizer = tiny_diffusion()
+    bias = torch.full((len(tokenizer),), -torch.inf)
+    bias[[5, 6]] = torch.tensor([3.0, 2.0])
+    model.get_output_embeddings().bias = torch.nn.Parameter(bias)
+    torch.nn.init.zeros_(model.get_output_embeddings().weight)  # also the embedding: the bias alone decides
+    plain, punished = (
+        generate(model, tokenizer, length=2, temperature=0, order="first_hitting", repetition_penalty=penalty).tokens
+        for penalty in (1.0, 2.0)
+    )
+    assert plain[0, 1:].tolist() == [5, 5] and sorted(punished[0, 1:].tolist()) == [5, 6]
+
+
+def test_threshold_reveals_all_that_is_sure_at_once():
+    model, tokenizer = tiny_diffusion()
+    model = only(model, tokenizer, 7)
+    assert generate(model, tokenizer, length=20, order="threshold", threshold=0.9).forward_passes == 1
+    assert generate(model, tokenizer, length=20, order="first_hitting").forward_passes == 20
 
 
 def test_steps_that_reveal_nothing_cost_nothing(diffusion):
@@ -122,7 +272,14 @@ def test_steps_that_reveal_nothing_cost_nothing(diffusion):
         (dict(length=0), "length"),
         (dict(steps=0), "steps"),
         (dict(temperature=-1), "temperature"),
-        (dict(order="left"), "random, confidence"),
+        (dict(order="left"), "random, first_hitting"),
+        (dict(length=None), "or parts"),
+        (dict(parts=["a", 3]), "either parts, or prompt"),
+        (dict(length=None, parts=["a"]), "at least one gap"),
+        (dict(length=None, parts=["a", 0]), "at least one gap"),
+        (dict(threshold=1.5), "threshold"),
+        (dict(block_length=1, length=9, steps=4), "too few for 9 blocks"),
+        (dict(repetition_penalty=0), "repetition_penalty"),
         (dict(top_p=0), "top_p"),
         (dict(top_k=0), "top_k"),
         (dict(length=100), "the model has 64"),
