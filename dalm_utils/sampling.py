@@ -112,27 +112,27 @@ def generate(
     model.eval()
     history = []
 
-    while holes.any():
-        step, wanted = choose.candidates(holes)
-        active = wanted.any(1).nonzero()[:, 0]  # sequences with nothing to reveal are left alone
-        where = active.to(model.device)
-        with autocast(model.device, precision):
+    with autocast(model.device, precision):  # around the loop: the weights are cast once
+        while holes.any():
+            step, wanted = choose.candidates(holes)
+            active = wanted.any(1).nonzero()[:, 0]  # sequences with nothing to reveal are left alone
+            where = active.to(model.device)
             hidden = hidden_states(model, canvas[where], None if attention_mask is None else attention_mask[where])
             places, columns = wanted[active].nonzero(as_tuple=True)
             sources = hidden[places, columns - 1 if model.config.shift else columns]  # [M, D]
             if choose.measure is not None:
                 kept = choose.keep(_measured(model, tokenizer, sources, choose.measure), active[places])
                 places, columns, sources = places[kept], columns[kept], sources[kept.to(model.device)]
+            revealed = active[places]
             logits = _logits(model, tokenizer, sources)
-        revealed = active[places]
-        if repetition_penalty != 1.0:
-            logits = _penalise(logits, canvas[revealed.to(model.device)], repetition_penalty)
-        tokens = draw(logits, temperature, top_p, top_k, draws)
-        canvas[revealed.to(model.device), columns.to(model.device)] = tokens.to(model.device)
-        holes[revealed, columns] = False
-        history.append(Reveal(step, revealed.tolist(), columns.tolist(), tokens.tolist()))
-        if end is not None:
-            _close_ended(canvas, holes, blocks, end)
+            if repetition_penalty != 1.0:
+                logits = _penalise(logits, canvas[revealed.to(model.device)], repetition_penalty)
+            tokens = draw(logits, temperature, top_p, top_k, draws)
+            canvas[revealed.to(model.device), columns.to(model.device)] = tokens.to(model.device)
+            holes[revealed, columns] = False
+            history.append(Reveal(step, revealed.tolist(), columns.tolist(), tokens.tolist()))
+            if end is not None:
+                _close_ended(canvas, holes, blocks, end)
 
     model.train(was_training)
     canvas = canvas.cpu()
