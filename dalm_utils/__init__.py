@@ -5,7 +5,7 @@ from .backbone import BASES, as_diffusion, check_attention, load_base, load_diff
 from .checkpoint import History
 from .config import RunConfig, load_config
 from .corpus import load_corpus
-from .evaluation import Estimate, ar_nll, nelbo, paired_difference, text_quality
+from .evaluation import Estimate, ar_nll, continuation_nelbo, nelbo, paired_difference, text_quality
 from .objective import DiffusionLoss, corrupt, diffusion_loss, sample_times
 from .run import build
 from .sampling import Samples, generate
@@ -24,6 +24,7 @@ __all__ = [
     "as_diffusion",
     "build",
     "check_attention",
+    "continuation_nelbo",
     "corrupt",
     "diffusion_loss",
     "generate",

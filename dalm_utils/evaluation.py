@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .annealing import annealed_mask
-from .backbone import autocast
+from .backbone import autocast, begin_id
+from .corpus import encode
 from .objective import default_maskable, diffusion_loss, seeded
 
 
@@ -73,17 +75,56 @@ def nelbo(
         precision: of the matrix products; see `RunConfig.precision`.
     """
     blocks = _stack(blocks)
-    count, length = blocks.shape
-    draws = seeded(seed, 0, "nelbo")
-    strata = (torch.arange(num_samples) + torch.rand(count, num_samples, generator=draws)) / num_samples
-    sizes = (1 + (strata * (length - 1)).long()).clamp_(max=length - 1).flatten()  # [N * S], each in 1..n
-    order = torch.rand(count * num_samples, length - 1, generator=draws).argsort(-1).argsort(-1)  # ranks 0..n-1
-    masked = torch.zeros(count * num_samples, length, dtype=torch.bool)
-    masked[:, 1:] = order < sizes[:, None]
+    masked = _random_sets(default_maskable(blocks), num_samples, seeded(seed, 0, "nelbo"))
     tokens = blocks.repeat_interleave(num_samples, 0)
     noised = torch.where(masked, model.config.mask_token_id, tokens)
     means = _token_means(model, tokens, noised, masked, None, model.config.shift, batch_size, precision)
-    return _estimate(means.view(count, num_samples).mean(1), tokenizer, blocks)
+    return _estimate(means.view(-1, num_samples).mean(1), tokenizer, blocks)
+
+
+def _random_sets(maskable: Tensor, num_samples: int, draws: torch.Generator) -> Tensor:
+    """Sets of maskable positions, `[N * S, L]` bool: for each row S sizes, one from each stratum of 1..n."""
+    n = maskable.sum(1, keepdim=True)  # [N, 1]
+    strata = (torch.arange(num_samples) + torch.rand(len(n), num_samples, generator=draws)) / num_samples
+    sizes = (1 + (strata * n).long()).minimum(n).flatten()  # [N * S], each in 1..n
+    allowed = maskable[:, 1:].repeat_interleave(num_samples, 0)  # position 0 begins the block and never counts
+    order = torch.rand(allowed.shape, generator=draws).where(allowed, math.inf).argsort(-1).argsort(-1)
+    return F.pad(order < sizes[:, None], (1, 0))
+
+
+@torch.no_grad()
+def continuation_nelbo(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    continuation: str,
+    *,
+    num_samples: int = 32,
+    seed: int = 0,
+    batch_size: int = 32,
+    precision: str = "auto",
+) -> tuple[float, float]:
+    """A bound on -log p(continuation | prompt), in nats for the whole continuation, and its standard error.
+
+    As `nelbo`, with only the continuation ever masked: what multiple choice compares. Every draw masks at least
+    one token, so none scores zero, which would favour short choices. Continuations of one length get the same masks.
+
+    Raises:
+        ValueError: an empty continuation.
+    """
+    before, after = encode(tokenizer, [prompt, continuation])
+    if not after:
+        raise ValueError(f"the continuation {continuation!r} has no token to score")
+    tokens = torch.tensor([[begin_id(tokenizer), *before, *after]])
+    maskable = torch.zeros_like(tokens, dtype=torch.bool)
+    maskable[:, -len(after) :] = True
+    masked = _random_sets(maskable, num_samples, seeded(seed, len(after), "continuation"))
+    tokens = tokens.repeat(num_samples, 1)
+    noised = torch.where(masked, model.config.mask_token_id, tokens)
+    means = _token_means(model, tokens, noised, masked, None, model.config.shift, batch_size, precision)
+    totals = means * len(after)
+    error = float(totals.std()) / math.sqrt(num_samples) if num_samples > 1 else math.nan
+    return float(totals.mean()), error
 
 
 @torch.no_grad()

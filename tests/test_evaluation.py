@@ -5,18 +5,19 @@ import numpy as np
 import pytest
 import torch
 
-from dalm_utils import Estimate, ar_nll, nelbo, paired_difference, text_quality
+from dalm_utils import Estimate, ar_nll, continuation_nelbo, evaluation, nelbo, paired_difference, text_quality
+from dalm_utils.corpus import encode
 from dalm_utils.objective import hidden_states, logits_of
 from tests.helpers import tiny_diffusion, tiny_model, tiny_tokenizer
 
 
-def exact_nelbo(model, block):
+def exact_nelbo(model, block, given=1):
     """The mean over sizes k of the mean over sets of size k of the mean -log p: every mask enumerated."""
-    n, shift = len(block) - 1, model.config.shift
+    n, shift = len(block) - given, model.config.shift
     by_size = {k: [] for k in range(1, n + 1)}
     for bits in itertools.product((False, True), repeat=n):
         if any(bits):
-            masked = torch.tensor([False, *bits])
+            masked = torch.tensor([False] * given + list(bits))
             noised = torch.where(masked, model.config.mask_token_id, block)[None]
             log_p = logits_of(model, hidden_states(model, noised))[0].log_softmax(-1)
             scores = [-log_p[i - 1 if shift else i, block[i]].item() for i in masked.nonzero()[:, 0]]
@@ -34,11 +35,44 @@ def test_nelbo_is_unbiased(shift):
     assert estimate.stderr < 0.05
 
 
-def test_the_same_seed_gives_every_model_the_same_masks_whatever_the_batch_size():
+@torch.no_grad()
+def test_the_nelbo_of_a_continuation_is_unbiased_and_never_free():
+    model, tokenizer = tiny_diffusion()
+    prompt, continuation = "Return the sum", " of an array"
+    before, after = encode(tokenizer, [prompt, continuation])
+    block = torch.tensor([tokenizer.bos_token_id, *before, *after])
+    exact = exact_nelbo(model, block, given=1 + len(before)) * len(after)
+    nats, error = continuation_nelbo(model, tokenizer, prompt, continuation, num_samples=2000, precision="fp32")
+    assert nats == pytest.approx(exact, abs=4 * error) and error < 0.05 * exact
+    for seed in range(20):  # a single draw masks something, however short the continuation
+        assert continuation_nelbo(model, tokenizer, prompt, "a", num_samples=1, seed=seed, precision="fp32")[0] > 1
+    with pytest.raises(ValueError, match="no token to score"):
+        continuation_nelbo(model, tokenizer, prompt, "")
+
+
+def test_the_standard_error_agrees_with_a_bootstrap_over_documents():
+    model, tokenizer = tiny_diffusion()
+    blocks = torch.randint(1, 320, (64, 16), generator=torch.Generator().manual_seed(0))
+    estimate = nelbo(model, tokenizer, blocks, num_samples=2, precision="fp32")
+    pick = np.random.default_rng(0).integers(64, size=(4000, 64))
+    assert estimate.stderr == pytest.approx(estimate.per_block[pick].mean(1).std(), rel=0.2)
+
+
+def test_the_same_seed_gives_every_model_the_same_masks_whatever_the_batch_size(monkeypatch):
     model, tokenizer = tiny_diffusion()
     blocks = torch.randint(1, 320, (6, 16), generator=torch.Generator().manual_seed(0))
     one, other = (nelbo(model, tokenizer, blocks, batch_size=size, precision="fp32") for size in (32, 5))
     np.testing.assert_allclose(one.per_block, other.per_block, rtol=1e-5)
+    seen = []
+
+    def spy(model, tokens, noised, masked, *rest):
+        seen.append(masked)
+        return torch.ones(len(masked), dtype=torch.float64)
+
+    monkeypatch.setattr(evaluation, "_token_means", spy)
+    for seed, other in ((0, model), (0, tiny_diffusion("opt")[0]), (1, model)):
+        nelbo(other, tokenizer, blocks, seed=seed)
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
 
 
 def test_ar_nll_is_the_models_own_loss_also_after_adaptation():
