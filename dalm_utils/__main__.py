@@ -93,7 +93,8 @@ def _train(options) -> None:
         check_names({name: text})
         overrides[name] = parse_field(name, text)
     config = load_config(options.notebook, options.profile, **overrides)
-    history = train(*build(config), config, resume="never" if options.fresh else "auto", on_log=_print_record)
+    model, tokenizer = build(config.replace(device="cpu"))  # `train` moves it to this process's own device
+    history = train(model, tokenizer, config, resume="never" if options.fresh else "auto", on_log=_print_record)
     if not PartialState().is_main_process:
         return
     for key in ("loss", "nelbo", "nll", "bits_per_byte", "tokens_per_second"):

@@ -70,7 +70,10 @@ def train_arms(
                     f"the arms differ in {field} ({getattr(first, field)!r}, and {getattr(config, field)!r} in "
                     f"{name!r}), so they would not see the same batches and noise; make it the same in all"
                 )
-    arms = {name: (*build(config), config.replace(name=f"{config.name}-{name}")) for name, config in configs.items()}
+    arms = {
+        name: (*build(config.replace(device="cpu")), config.replace(name=f"{config.name}-{name}"))
+        for name, config in configs.items()
+    }
     with _opened(arms, resume) as runs:
         histories = {name: run.history for name, run in runs.items()}
         _drive(runs, None if on_log is None else lambda: on_log(histories))
