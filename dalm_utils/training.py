@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from tqdm import tqdm
@@ -80,6 +80,7 @@ def train_arms(
         return histories
 
 
+KINDS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 PAIRED = ("text", "field", "train_blocks", "length", "batch", "accumulate", "seed", "times", "device", "precision")
 
 
@@ -180,6 +181,12 @@ def _accelerator(config: RunConfig) -> Accelerator:
     for name in trackers:
         if name not in available:
             raise ValueError(f"the tracker {name!r} is not installed here (pip install {name}); there are: {available}")
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=precision, cpu=device.type == "cpu", log_with=trackers or None, project_dir=config.folder
     )
+    kind = accelerator.distributed_type
+    if kind not in KINDS or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
+        raise ValueError(
+            f"training under {kind.value} is not supported; launch with --multi_gpu, or --use_fsdp --fsdp_version 2"
+        )
+    return accelerator

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 
 from dalm_utils import as_diffusion, backbone, load_diffusion, nelbo, run, train, train_arms, training
@@ -266,3 +266,12 @@ def test_a_second_interrupt_does_not_wait_for_the_step(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(*tiny_diffusion(), config, on_log=press_twice)
     assert train(*tiny_diffusion(), config).last("step") == 12  # the folder is free, the run goes on
+
+
+def test_a_way_to_distribute_that_was_never_tried_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(ValueError, match="under DEEPSPEED is not supported; launch with --multi_gpu"):
+        train(*tiny_diffusion(), tiny_config(tmp_path))
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ValueError, match="--fsdp_version 2"):
+        train(*tiny_diffusion(), tiny_config(tmp_path))
