@@ -78,11 +78,11 @@ def main() -> None:
                 seconds[name] += time.perf_counter() - begun
 
     print(
-        f"{machine()}\\ntiny-diffugpt, {count} documents of {asked.length} tokens, {asked.masks} masks each, ", end=""
+        f"{machine()}\ntiny-diffugpt, {count} documents of {asked.length} tokens, {asked.masks} masks each, ", end=""
     )
-    print(f"{asked.repeats} repeats\\n")
+    print(f"{asked.repeats} repeats\n")
     print(
-        "| estimator | mean | sd within a document | seconds | variance x seconds, relative |\\n|---|---|---|---|---|"
+        "| estimator | mean | sd within a document | seconds | variance x seconds, relative |\n|---|---|---|---|---|"
     )
     values = {name: torch.stack(rows) for name, rows in estimates.items()}  # [R, N]
     price = {name: float(v.var(0).mean()) * seconds[name] for name, v in values.items()}

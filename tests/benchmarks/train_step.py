@@ -1,0 +1,164 @@
+"""One training step of ours beside the plain loops: tokens per second, peak memory, and the share of the machine used.
+
+    ours      masked positions only, fused AdamW, no dropout, the processor's own precision
+    plain     every position's logits, a dense mask for each sequence, the same precision, no dropout
+    released  plain in float32 with dropout 0.1, as the authors' release would run on this machine
+    ar        ordinary AR finetuning through transformers' own loss, in our precision
+
+Memory is the peak of a fresh process for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from dalm_utils import annealed_mask, corrupt, diffusion_loss, sample_times
+from dalm_utils.backbone import autocast, pick_precision
+from tests.benchmarks import finish, in_turns, machine
+
+CPU = torch.device("cpu")
+WAYS = ("ours", "plain", "released", "ar")
+
+
+def make(size: str, dropout: float, positions: int) -> PreTrainedModel:
+    """A model of this size with random weights; the last token is [MASK]."""
+    torch.manual_seed(0)
+    if size == "smollm2":
+        shape = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9)
+        config = LlamaConfig(
+            vocab_size=49_153,
+            num_key_value_heads=3,
+            tie_word_embeddings=True,
+            max_position_embeddings=positions,
+            **shape,
+        )
+        model = LlamaForCausalLM(config)
+    else:
+        shape = {
+            "laptop": dict(vocab_size=8_193, n_layer=4, n_embd=288, n_head=3),
+            "gpt2": dict(vocab_size=50_258),
+        }[size]
+        rates = dict(resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout)
+        model = GPT2LMHeadModel(GPT2Config(n_positions=positions, bos_token_id=0, eos_token_id=0, **shape, **rates))
+    model.config.mask_token_id, model.config.shift = model.config.vocab_size - 1, True
+    return model.train()
+
+
+def stepper(way: str, size: str, batch: int, length: int) -> Callable[[], None]:
+    """A function that takes one whole training step, the noise included."""
+    model = make(size, 0.1 if way == "released" else 0.0, length)
+    precision = "fp32" if way == "released" else "auto"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=way == "ours")
+    mask_id = model.config.mask_token_id
+    dtype = torch.bfloat16 if pick_precision(precision, CPU) == "bf16" else torch.float32
+    tokens = torch.randint(mask_id, (batch, length))
+    model.config.is_causal = way == "ar"
+
+    def ours() -> torch.Tensor:
+        times = sample_times(batch)
+        noised, masked = corrupt(tokens, times, mask_id)
+        open_half = annealed_mask(length, 0.5, dtype=dtype)
+        return diffusion_loss(model, tokens, noised, masked, times, attention_mask=open_half).loss
+
+    def plain() -> torch.Tensor:
+        times = sample_times(batch, method="uniform")
+        noised, masked = corrupt(tokens, times, mask_id)
+        mask = annealed_mask(length, 0.5).expand(batch, 1, length, length).contiguous()
+        positions = torch.arange(length)[None]
+        logits = model(noised, attention_mask=mask.to(dtype), position_ids=positions, use_cache=False).logits
+        nll = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        return (nll.view(batch, -1) * masked[:, 1:] / times[:, None]).sum() / masked[:, 1:].numel()
+
+    def ar() -> torch.Tensor:
+        return model(tokens, labels=tokens, use_cache=False).loss
+
+    loss_of = {"ours": ours, "ar": ar}.get(way, plain)
+
+    def step() -> None:
+        with autocast(CPU, precision):
+            loss = loss_of()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step.work = work(model, batch, length)
+    return step
+
+
+def work(model: PreTrainedModel, batch: int, length: int) -> float:
+    """Multiplications and additions of our step, forward and backward; half of the positions meet the head."""
+    table = model.get_input_embeddings().weight.numel()
+    inside = sum(p.numel() for p in model.parameters() if p.dim() == 2) - table
+    inside -= model.transformer.wpe.weight.numel() if hasattr(model, "transformer") else 0
+    config, tokens = model.config, batch * length
+    attention = 12 * config.num_hidden_layers * config.hidden_size * length
+    return tokens * (6 * inside + attention + 0.5 * 6 * table)
+
+
+def gemm_rate(seconds_of: Callable, size: int = 2048) -> float:
+    """Operations per second of a large matrix product in our precision."""
+    dtype = torch.bfloat16 if pick_precision("auto", CPU) == "bf16" else torch.float32
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    return 2 * size**3 / seconds_of({"gemm": lambda: a @ b}, 20)["gemm"]
+
+
+def peak(way: str, size: str, batch: int, length: int) -> float:
+    """GiB of a fresh process that takes three steps."""
+    command = [sys.executable, "-m", "tests.benchmarks.train_step", "--only", way, "--sizes", size]
+    command += ["--batch", str(batch), "--length", str(length)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--sizes", nargs="+", default=["laptop", "gpt2"], choices=("laptop", "gpt2", "smollm2"))
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=WAYS, help="take three steps in one way and print this process's peak memory")
+    asked = parser.parse_args()
+    if asked.only:
+        step = stepper(asked.only, asked.sizes[0], asked.batch, asked.length)
+        for _ in range(3):
+            step()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        return
+
+    print(machine())
+    figures = {}
+    for size in asked.sizes:
+        steps = {way: stepper(way, size, asked.batch, asked.length) for way in WAYS}
+        seconds = in_turns(steps, asked.rounds)
+        rate = gemm_rate(in_turns)
+        done = steps["ours"].work / seconds["ours"]
+        del steps
+        memory = {way: peak(way, size, asked.batch, asked.length) for way in WAYS}
+        print(f"\n{size}, batch {asked.batch}, length {asked.length}, median of {asked.rounds} rounds\n")
+        print("| step | tokens/s | peak GiB |\n|---|---|---|")
+        for way in WAYS:
+            print(f"| {way} | {asked.batch * asked.length / seconds[way]:.0f} | {memory[way]:.1f} |")
+        print(f"\na large matrix product runs at {rate / 1e9:.0f} GFLOP/s, our step at {done / 1e9:.0f}")
+        suffix = {"gpt2": "", "laptop": "_laptop"}.get(size, f"_{size}")
+        figures |= {
+            f"speedup_vs_plain{suffix}": seconds["plain"] / seconds["ours"],
+            f"speedup_vs_released{suffix}": seconds["released"] / seconds["ours"],
+            f"speedup_vs_ar{suffix}": seconds["ar"] / seconds["ours"],
+            f"gemm_share{suffix}": done / rate,
+            f"memory_saving{suffix}": memory["plain"] / memory["ours"],
+        }
+    finish(figures, asked.json)
+
+
+if __name__ == "__main__":
+    main()
