@@ -180,7 +180,7 @@ def quality_vs_passes(rows: list[dict], ar: dict, real: dict) -> None:
         "repetition": "tokens repeated within 16",
     }
     ticks = [4, 8, 16, 32, 64]
-    figure, axes = plt.subplots(1, len(panels), figsize=(13, 4.2))
+    figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.8))
     for axis, (key, title) in zip(axes, panels.items(), strict=True):
         for order, color in zip(dict.fromkeys(row["order"] for row in rows), COLORS, strict=False):
             points = sorted((row["passes"], row[key]) for row in rows if row["order"] == order)
@@ -191,7 +191,7 @@ def quality_vs_passes(rows: list[dict], ar: dict, real: dict) -> None:
         axis.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
         axis.minorticks_off()
     axes[0].set_yscale("log")
-    axes[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=6)
     _show(figure)
 
 

@@ -77,13 +77,9 @@ def main() -> None:
                 estimates[name].append((means * weights).view(count, each).mean(1))
                 seconds[name] += time.perf_counter() - begun
 
-    print(
-        f"{machine()}\ntiny-diffugpt, {count} documents of {asked.length} tokens, {asked.masks} masks each, ", end=""
-    )
+    print(f"{machine()}\ntiny-diffugpt, {count} documents of {asked.length} tokens, {asked.masks} masks each, ", end="")
     print(f"{asked.repeats} repeats\n")
-    print(
-        "| estimator | mean | sd within a document | seconds | variance x seconds, relative |\n|---|---|---|---|---|"
-    )
+    print("| estimator | mean | sd within a document | seconds | variance x seconds, relative |\n|---|---|---|---|---|")
     values = {name: torch.stack(rows) for name, rows in estimates.items()}  # [R, N]
     price = {name: float(v.var(0).mean()) * seconds[name] for name, v in values.items()}
     first = next(iter(WAYS))
