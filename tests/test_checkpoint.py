@@ -1,4 +1,7 @@
+import errno
+
 import pytest
+from safetensors import SafetensorError
 
 from dalm_utils.checkpoint import History, RunFolder, is_whole, write_whole
 
@@ -98,3 +101,33 @@ def test_a_history_that_the_disk_refuses_waits_in_memory(tmp_path, capsys):
     (tmp_path / "gone").mkdir()
     history.append({"step": 3})
     assert [record["step"] for record in History.load(history.path).records] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+        (OSError(errno.EROFS, "Read-only file system"), "Read-only file system"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), "PytorchStreamWriter"),
+        (SafetensorError("Error while serializing: I/O error"), "Error while serializing"),
+    ],
+)
+def test_a_disk_that_refuses_is_told_and_the_last_good_checkpoint_stays(tmp_path, capsys, error, reason):
+    write(tmp_path / "step-000001")
+
+    def fill(folder):
+        (folder / "weights").write_text("half")
+        raise error
+
+    assert RunFolder(tmp_path).write("step-000002", fill) is False
+    told = capsys.readouterr().err
+    assert f"step-000002 could not be written ({reason}" in told
+    assert "training goes on. The newest whole checkpoint: step-000001" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"] and is_whole(tmp_path / "step-000001")
+
+
+def test_a_mistake_in_the_program_is_no_full_disk(tmp_path):
+    with pytest.raises(TypeError):
+        RunFolder(tmp_path).write("step-000001", lambda folder: len(3))
+    assert not list(tmp_path.iterdir())
