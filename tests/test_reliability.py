@@ -53,7 +53,7 @@ def kill_again_and_again(folder: Path, kills: int, settings: dict, seed: int) ->
     """SIGKILL a run `kills` times, each time some steps further and at any moment of a step; then let it end."""
     draw = random.Random(seed)
     run = tiny_config(folder, **settings).folder
-    targets = sorted(draw.randint(0, settings["steps"] - 4) for _ in range(kills))
+    targets = sorted(draw.randint(0, settings["steps"] - 20) for _ in range(kills))  # it must not end first
     figures = {"kills": 0, "while writing a checkpoint": 0, "steps repeated": 0}
     for target in targets:
         process = start(folder, settings)
