@@ -18,6 +18,7 @@ from .objective import hidden_states, mask_id_of
 transformers.logging.disable_progress_bar()  # weights of this size load and save in a moment
 
 BASES = PROJECT / "checkpoints" / "base"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the matrix products
 PATIENCE = 10  # seconds for a hub's first answer
 WANTED = ["*.json", "*.txt", "*.model", "*.safetensors"]  # of a hub's repository; never pickles or code
 
@@ -54,7 +55,7 @@ def autocast(device: torch.device, precision: str = "auto"):
     precision = pick_precision(precision, device)
     if precision == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+    return torch.autocast(device.type, dtype=DTYPES[precision])
 
 
 # ------------------------------------------------------------------------------------------------- load

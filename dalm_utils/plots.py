@@ -116,14 +116,8 @@ def curves(histories: dict[str, History], ar_nll: float | None = None, ratio_of:
         twin.set(ylim=(0, 1.05), ylabel="annealing ratio (dotted)")
         twin.grid(False)
         twin.spines["right"].set_visible(True)
-    for (name, history), color in zip(histories.items(), COLORS, strict=False):
-        steps, means = history.series("nelbo")
-        right.errorbar(
-            steps, means, yerr=history.series("nelbo_stderr")[1], color=color, marker="o", capsize=3, label=name
-        )
-    if ar_nll is not None:
-        right.axhline(ar_nll, color=RED, linestyle="--", label=f"AR model: {ar_nll:.2f}")
-    right.set(xlabel="optimizer step", ylabel="nats per token", title="held-out NELBO (lower is better)")
+    _draw_nelbo(right, histories, ar_nll, x="step", capsize=3)
+    right.set(xlabel="optimizer step")
     _token_axis(right, next(iter(histories.values())))
     for axis in (left, right):  # below the panel, where no curve runs
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
@@ -133,16 +127,20 @@ def curves(histories: dict[str, History], ar_nll: float | None = None, ratio_of:
 def nelbo_against_tokens(histories: dict[str, History], ar_nll: float | None = None) -> None:
     """Held-out NELBO with error bars against the tokens seen, on a logarithmic axis: runs of any length compare."""
     figure, axis = plt.subplots(figsize=(8, 3.8))
-    for (name, history), color in zip(histories.items(), COLORS, strict=False):
-        tokens, means = history.series("nelbo", x="tokens")
-        axis.errorbar(
-            tokens, means, yerr=history.series("nelbo_stderr")[1], color=color, marker="o", ms=4, capsize=2, label=name
-        )
-    if ar_nll is not None:
-        axis.axhline(ar_nll, color=RED, linestyle="--", label=f"AR model: {ar_nll:.2f}")
-    axis.set(xscale="log", xlabel="tokens seen", ylabel="nats per token", title="held-out NELBO (lower is better)")
+    _draw_nelbo(axis, histories, ar_nll, x="tokens", ms=4, capsize=2)
+    axis.set(xscale="log", xlabel="tokens seen")
     axis.legend()
     _show(figure)
+
+
+def _draw_nelbo(axis, histories: dict[str, History], ar_nll: float | None, x: str, **style) -> None:
+    for (name, history), color in zip(histories.items(), COLORS, strict=False):
+        places, means = history.series("nelbo", x)
+        errors = history.series("nelbo_stderr")[1]
+        axis.errorbar(places, means, yerr=errors, color=color, marker="o", label=name, **style)
+    if ar_nll is not None:
+        axis.axhline(ar_nll, color=RED, linestyle="--", label=f"AR model: {ar_nll:.2f}")
+    axis.set(ylabel="nats per token", title="held-out NELBO (lower is better)")
 
 
 def _draw_loss(axis, histories: dict[str, History], evaluated: bool = True) -> None:

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .annealing import anneal_ratio, annealed_mask
-from .backbone import as_diffusion, load_base, mask_id_of, pick_precision, randomize, save_diffusion
+from .backbone import DTYPES, as_diffusion, load_base, mask_id_of, pick_precision, randomize, save_diffusion
 from .checkpoint import History, RunFolder
 from .config import FREE_FIELDS, RunConfig
 from .corpus import Blocks, load_corpus
@@ -99,7 +99,7 @@ class Run:
         self.global_batch = config.batch * config.accumulate * accelerator.num_processes
         self.total = config.steps or math.ceil(config.epochs * len(self.blocks) / self.global_batch)
         self.precision = pick_precision(config.precision, accelerator.device)
-        self.mask_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        self.mask_dtype = DTYPES[self.precision]
 
         self.step, self.seconds, self.best, self.window_steps = 0, 0.0, math.inf, 0
         self.window_loss = torch.zeros((), device=accelerator.device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .backbone import autocast, begin_id, pick_precision
+from .backbone import DTYPES, autocast, begin_id, pick_precision
 from .corpus import encode
 from .objective import CHUNK_ELEMENTS, hidden_states, logits_of, seeded
 
@@ -100,7 +100,8 @@ def generate(
     _check(order, steps, threshold, block_length, temperature, top_p, top_k, repetition_penalty, num_samples)
     end = _end_id(tokenizer) if stop_at_end else None
     canvas, blocks, real = _canvas(model, tokenizer, [row for row in rows for _ in range(num_samples)], block_length)
-    holes = blocks >= 0
+    written = blocks >= 0  # [N, L]: what is ours to fill
+    holes = written.clone()
     most_holes, most_blocks = int(holes.sum(1).max()), int(blocks.max()) + 1
     per_block = (steps or most_holes) // most_blocks
     if per_block == 0:
@@ -137,7 +138,7 @@ def generate(
     model.train(was_training)
     canvas = canvas.cpu()
     if end is not None:  # the text ends before the end token
-        real &= ~((blocks >= 0) & ((canvas == end) & (blocks >= 0)).cumsum(1).bool())
+        real &= ~(written & ((canvas == end) & written).cumsum(1).bool())
     text = [tokenizer.decode(row[shown][1:], skip_special_tokens=True) for row, shown in zip(canvas, real, strict=True)]
     return Samples(text, canvas, history if return_history else [], len(history))
 
@@ -299,8 +300,8 @@ def _hide_padding(real: Tensor, model, precision: str) -> Tensor | None:
     """An additive mask `[N, 1, 1, L]` that keeps everyone from attending to padding; None if there is none."""
     if real.all():
         return None
-    kinds = {"fp32": model.dtype, "bf16": torch.bfloat16, "fp16": torch.float16}
-    mask = torch.zeros(real.shape, dtype=kinds[pick_precision(precision, model.device)])
+    dtypes = {**DTYPES, "fp32": model.dtype}  # without autocast the model computes in its own
+    mask = torch.zeros(real.shape, dtype=dtypes[pick_precision(precision, model.device)])
     return mask.masked_fill(~real, -torch.inf)[:, None, None].to(model.device)
 
 
