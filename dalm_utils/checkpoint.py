@@ -119,7 +119,7 @@ class RunFolder:
                 self._move_aside()
             self._agree(settings)
             self._recover()
-            return self._newest()
+            return self.newest()
         except BaseException:
             self.close()
             raise
@@ -186,7 +186,8 @@ class RunFolder:
             place = old.with_suffix("")
             shutil.rmtree(old) if place.exists() else old.rename(place)
 
-    def _newest(self) -> Path | None:
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint; damaged ones are named on stderr and moved aside."""
         for folder in reversed(self.checkpoints()):
             if is_whole(folder):
                 return folder
@@ -211,10 +212,12 @@ def _warn(message: str) -> None:
 class History:
     """What a run recorded, one dictionary per logged step, kept in `history.jsonl` while it grows.
 
-    Keys: step, tokens, loss (mean since the last record), ratio, lr, grad_norm, skipped (steps left out because
-    their gradient was not finite), seconds, tokens_per_second, memory (GiB), eta (seconds), and on evaluated
-    steps nelbo (nats per token), nelbo_stderr, bits_per_byte; a generated text under sample. AR runs have nll
-    in place of nelbo. A loss or gradient norm that was not finite is None.
+    Keys: step, tokens, loss (mean since the last record), ratio, lr, grad_norm, seconds, tokens_per_second, memory
+    (GiB), eta (seconds), and on evaluated steps nelbo (nats per token), nelbo_stderr, bits_per_byte; a generated
+    text under sample. AR runs have nll in place of nelbo. A figure that was not finite is None.
+    Of stability: skipped (steps so far that changed nothing, because their gradient was not finite or a spike), spikes,
+    largest_norm (since the last record), norm_limit (what would be a spike now), saturated (share of predictions),
+    loss_scale (FP16); and event, a sentence, where a run went back to a checkpoint or ran out of patience.
     """
 
     path: Path | None = None

@@ -49,6 +49,11 @@ class RunConfig:
     dropout: float = 0.0  # masking already is noise, and dropout costs a third of a CPU step
     seed: int = 0  # of times, corruption, annealing masks, data order, dropout
 
+    # numerical stability
+    spike: float | None = None  # a gradient norm so many times the usual one is a spike: the step is skipped
+    max_skips: int = 25  # unusable steps in a row, then back to the newest checkpoint at half the learning rate
+    patience: int | None = None  # evaluations without a better NELBO, then the run ends
+
     # the machine
     device: str = "auto"  # auto, cpu or cuda
     precision: str = "auto"  # auto: what the processor really has; or fp32, bf16, fp16
@@ -83,10 +88,13 @@ class RunConfig:
             "eval_samples",
             "save_every",
             "keep",
+            "max_skips",
         ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("steps", "train_blocks"):
+        if self.spike is not None and self.spike <= 1:
+            raise ValueError(f"spike must be above 1 (times the usual gradient norm), or None, got {self.spike}")
+        for name in ("steps", "train_blocks", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, or None, got {getattr(self, name)}")
         for name in ("warmup_steps", "weight_decay", "sample_every", "seed"):
@@ -127,7 +135,7 @@ CHOICES = {
 # (What text, batch, accumulate and precision come to on the machine at hand is compared in their place.)
 FREE_FIELDS = {
     "name", "runs", "hub", "text", "field", "batch", "accumulate", "precision", "device", "compile",
-    "gradient_checkpointing", "sample_every", "save_every", "keep", "trackers",
+    "gradient_checkpointing", "sample_every", "save_every", "keep", "trackers", "max_skips", "patience",
 }  # fmt: skip
 
 PROFILES: dict[str, dict[str, dict]] = {
@@ -164,6 +172,24 @@ PROFILES: dict[str, dict[str, dict]] = {
             eval_every=1_000,
             sample_every=5_000,
             save_every=1_000,
+        ),
+    },
+    "shift": {
+        "laptop": dict(
+            name="shift-laptop",
+            base="tiny-gpt2",
+            text="docstrings",
+            length=256,
+            batch=16,
+            epochs=1,
+            train_blocks=1_920,
+            learning_rate=1e-3,
+            warmup_steps=10,
+            anneal_steps=40,
+            log_every=5,
+            eval_every=15,
+            eval_blocks=32,
+            save_every=60,
         ),
     },
 }

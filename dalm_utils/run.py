@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,16 +18,18 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_model
+from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .annealing import anneal_ratio, annealed_mask
@@ -37,7 +40,9 @@ from .corpus import Blocks, load_corpus
 from .evaluation import ar_nll, nelbo
 from .objective import corrupt, default_maskable, diffusion_loss, sample_times, seeded
 from .sampling import generate
+from .stability import MOST_ROLLBACKS, SATURATED, SLOWER, Watch
 
+COUNTERS = ("step", "seconds", "best", "window_steps", "rollbacks", "stale")  # what a checkpoint keeps of them
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the same file from one process and from many
 
 
@@ -66,10 +71,11 @@ class Objective(nn.Module):
         self._no_split_modules = model._no_split_modules  # what FSDP wraps one by one
 
     def forward(self, tokens, noised, masked, times, attention_mask):
+        """The weighted sum of negative log-likelihoods, and how many of them are saturated."""
         loss = diffusion_loss(
             self.model, tokens, noised, masked, times, attention_mask=attention_mask, shift=self.shift
         )
-        return loss.total
+        return loss.total, (loss.token_nll > SATURATED).sum()
 
 
 class Run:
@@ -103,7 +109,9 @@ class Run:
 
         self.step, self.seconds, self.best, self.window_steps = 0, 0.0, math.inf, 0
         self.window_loss = torch.zeros((), device=accelerator.device)
-        self.skipped = torch.zeros((), dtype=torch.long, device=accelerator.device)
+        self.watch = Watch(config.spike, config.max_skips, accelerator.device)
+        self.unusable = torch.zeros((), device=accelerator.device)  # 1 where the step in hand must change nothing
+        self.rollbacks, self.stale = 0, 0  # times gone back; evaluations since the best one
         self.saved_step = -1
         self.order: tuple[int, Tensor] = (-1, torch.empty(0))
 
@@ -136,7 +144,12 @@ class Run:
                 block.compile()
         module = Objective(model.to(accelerator.device), config.shift or self.is_ar)
         self.adamw = _adamw(model, config)
+        self.adamw.register_step_pre_hook(self._leave_out)
         self.objective, self.optimizer = accelerator.prepare(module, self.adamw)
+
+    def _leave_out(self, adamw: torch.optim.Optimizer, *_) -> None:
+        """Do to every unusable step what the FP16 scaler does to one that overflowed: the fused kernel passes."""
+        adamw.found_inf = self.unusable
 
     def _on_main(self, do: Callable):
         """Do something on the main process alone; every process gets its result, or its error."""
@@ -154,8 +167,17 @@ class Run:
         return outcome[0]
 
     # -- one step ---------------------------------------------------------------------------------------
+    @property
+    def is_done(self) -> bool:
+        """At its last step, or out of patience."""
+        return self.step >= self.total or self.stale >= (self.config.patience or math.inf)
+
     def advance(self) -> bool:
-        """One optimizer step, and the evaluation, record and checkpoint that are due. True if it recorded."""
+        """One optimizer step, and the evaluation, record and checkpoint that are due. True if it recorded.
+
+        Raises:
+            RuntimeError: the run is numerically unstable and going back does not help, or is not possible.
+        """
         start = time.perf_counter()
         norm = self._optimize()
         self.step += 1
@@ -164,15 +186,19 @@ class Run:
         if log:
             norm = norm.item()  # waits for the device, so that the clock is honest
         self.seconds += time.perf_counter() - start
-        if log or evaluate or sample:
-            record = {"step": self.step, "tokens": self.step * self.global_batch * self.config.length}
-            record |= self._progress(norm, record["tokens"]) if log else {}
-            record |= self._evaluate() if evaluate else {}
-            record |= self._sample() if sample else {}
+        record, trouble = self._progress(norm) if log else ({}, None)
+        if trouble is not None:
+            self._go_back(trouble)
+            return True
+        record |= self._evaluate() if evaluate else {}
+        record |= self._sample() if sample else {}
+        if record:
             self._record(record)
-        if save:
+        if self.is_done and self.step < self.total:
+            self._record({"event": f"finished: no better NELBO in {self.stale} evaluations"})
+        if self.is_done or (save and self.watch.is_calm()):  # a good checkpoint is one to go back to
             self.save()
-        return log or evaluate or sample
+        return bool(record)
 
     def _is_due(self, every: str) -> bool:
         return self.step % getattr(self.config, every) == 0 or self.step == self.total
@@ -184,23 +210,23 @@ class Run:
         attention_mask = self._attention_mask()
         torch.manual_seed(seeded(config.seed, self.step, f"dropout {accelerator.process_index}").initial_seed())
         self.objective.train()
+        saturated = torch.zeros((), dtype=torch.long, device=accelerator.device)
         for part, share in enumerate(self._shares(tokens, noised, masked, times)):
             last = part == config.accumulate - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.objective):
-                total = self.objective(*share, attention_mask)
+                total, lost = self.objective(*share, attention_mask)
                 loss = total * (accelerator.num_processes / count)  # gradients are averaged over processes
                 accelerator.backward(loss)
             self.window_loss += loss.detach()
+            saturated += lost
+        self.watch.count(saturated, int(masked.sum()))
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.step, self.total)
+            group["lr"] = learning_rate(config, self.step, self.total) * SLOWER**self.rollbacks
         norm = accelerator.clip_grad_norm_(self.objective.parameters(), config.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        unusable = ~torch.isfinite(norm)
-        if accelerator.scaler is None:
-            self.adamw.found_inf = unusable.float()  # as the FP16 scaler does: the fused kernel then changes nothing
+        self.unusable = self.watch.judge(norm).float()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.skipped += unusable
         self.window_steps += 1
         return norm
 
@@ -245,27 +271,34 @@ class Run:
     # -- records ----------------------------------------------------------------------------------------
     def _record(self, record: dict) -> None:
         """Into the history, on every process, and to the main one's disk and trackers."""
+        record = {"step": self.step, "tokens": self.step * self.global_batch * self.config.length, **record}
         self.history.append(record)
         if self.accelerator.trackers:
             numbers = {key: value for key, value in record.items() if isinstance(value, (int, float))}
             self.accelerator.log({f"{self.config.name}/{k}": v for k, v in numbers.items()}, step=self.step)
 
-    def _progress(self, norm: float, tokens: int) -> dict:
+    def _progress(self, norm: float) -> tuple[dict, str | None]:
+        """How training goes, and what is wrong with it, if anything."""
+        tokens = self.step * self.global_batch * self.config.length
+        scaler = self.accelerator.scaler
+        saturated = self.accelerator.reduce(self.watch.values["saturated"], "sum").item()
+        stability, trouble = self.watch.read(saturated, scaler.get_scale() if scaler else None)
         loss = self.accelerator.reduce(self.window_loss, "mean").item() / self.window_steps
         self.window_loss.zero_()
         self.window_steps = 0
         ratio = {} if self.is_ar else {"ratio": anneal_ratio(self.step - 1, self.config.anneal_steps)}
-        return {
-            "loss": loss if math.isfinite(loss) else None,  # JSON has no NaN
-            "grad_norm": norm if math.isfinite(norm) else None,
+        figures = {
+            "loss": _finite(loss),
+            "grad_norm": _finite(norm),
             "lr": self.optimizer.param_groups[0]["lr"],
             **ratio,
-            "skipped": int(self.skipped),
+            **stability,
             "seconds": round(self.seconds, 3),
             "tokens_per_second": round(tokens / self.seconds),
             "memory": round(_memory(self.accelerator.device), 2),
             "eta": round(self.seconds / self.step * (self.total - self.step)),
         }
+        return figures, trouble
 
     def _evaluate(self) -> dict:
         samples = {} if self.is_ar else {"num_samples": self.config.eval_samples}
@@ -273,9 +306,14 @@ class Run:
         with self._readable():
             score = measure(self.model, self.tokenizer, self.held_out, precision=self.precision, **samples)
         score = self._on_main(lambda: score)  # all processes must agree on what is best
-        if score.mean < self.best and self._write("best", self._model_writer()):
-            self.best = score.mean
-        return {key: score.mean, f"{key}_stderr": score.stderr, "bits_per_byte": score.bits_per_byte}
+        if score.mean < self.best:
+            self.stale = 0
+            if self._write("best", self._model_writer()):
+                self.best = score.mean
+        else:
+            self.stale += 1
+        figures = {key: score.mean, f"{key}_stderr": score.stderr, "bits_per_byte": score.bits_per_byte}
+        return {name: _finite(value) for name, value in figures.items()}
 
     def _sample(self) -> dict:
         length = min(64, self.config.length - 1)
@@ -301,9 +339,10 @@ class Run:
             return
         write_model = self._model_writer()
         optimizer = get_optimizer_state_dict(self.objective, self.adamw, options=WHOLE)
-        state = {name: getattr(self, name) for name in ("step", "seconds", "best", "window_steps")}
+        state = {name: getattr(self, name) for name in COUNTERS}
         state["window_loss"] = self.accelerator.reduce(self.window_loss, "mean").item()
-        state["skipped"] = self.skipped.item()
+        state["watch"] = self.watch.state()
+        state["watch"]["saturated"] = self.accelerator.reduce(self.watch.values["saturated"], "mean").item()
         state["scaler"] = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
 
         def fill(folder: Path) -> None:
@@ -344,13 +383,41 @@ class Run:
         optimizer = torch.load(newest / "optimizer.pt", map_location="cpu", weights_only=True)
         set_optimizer_state_dict(self.objective, self.adamw, optimizer, options=WHOLE)
         state = json.loads((newest / "state.json").read_text())
-        for name in ("step", "seconds", "best", "window_steps"):
+        for name in COUNTERS:
             setattr(self, name, state[name])
         self.window_loss.fill_(state["window_loss"])
-        self.skipped.fill_(state["skipped"])
+        self.watch.load(state["watch"])
         if state["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.saved_step = self.step
+
+    def _go_back(self, trouble: str) -> None:
+        """Continue from the newest checkpoint with a lower learning rate, and say so."""
+        was, rollbacks, seconds = self.step, self.rollbacks + 1, self.seconds
+        newest = self._on_main(self.folder.newest)
+        if newest is None or rollbacks > MOST_ROLLBACKS:
+            tried = f"after going back {rollbacks - 1} times" if self.rollbacks else "before the first checkpoint"
+            raise RuntimeError(
+                f"training is unstable: at step {was}, {tried}, {trouble}. Lower learning_rate, or lengthen "
+                "warmup_steps" + ("" if newest else "; a smaller save_every gives a checkpoint to go back to")
+            )
+        counted = self.watch
+        self.watch = Watch(self.config.spike, self.config.max_skips, self.accelerator.device)
+        self._load_weights(newest)
+        self._restore(newest)
+        self.watch.forgive(counted)
+        self.rollbacks, self.seconds = rollbacks, seconds
+        event = f"at step {was} {trouble}: back to step {self.step}, learning rate x {SLOWER**rollbacks:g}"
+        self._record({"event": event})
+        if self.is_main:
+            tqdm.write(event, file=sys.stderr)
+
+    def _load_weights(self, checkpoint: Path) -> None:
+        if isinstance(self.objective, FSDPModule):
+            weights = {f"model.{name}": w for name, w in load_file(checkpoint / "model.safetensors").items()}
+            set_model_state_dict(self.objective, weights, options=StateDictOptions(full_state_dict=True, strict=False))
+        else:
+            load_model(self.model, checkpoint / "model.safetensors")
 
     def _check_model(self) -> None:
         config, model = self.config, self.model
@@ -404,6 +471,10 @@ def _transformer_blocks(model: nn.Module) -> nn.ModuleList:
 
 def _first(blocks: Blocks, count: int) -> Tensor:
     return blocks[list(range(min(count, len(blocks))))]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no NaN
 
 
 def _memory(device: torch.device) -> float:

@@ -107,14 +107,14 @@ def _drive(runs: dict[str, Run], report: Callable[[], None] | None) -> None:
     bar = tqdm(total=some.total, initial=some.step, desc=" + ".join(runs), unit="step", disable=not some.is_main)
     report = report if some.is_main and report is not None else lambda: None
     with _stop_at_step_end() as asked, bar, _told_where_it_ended(some):
-        if all(run.step >= run.total for run in runs.values()):
+        if all(run.is_done for run in runs.values()):
             report()  # a finished run shows its curve again
         stopped = False
-        while not stopped and any(run.step < run.total for run in runs.values()):
+        while not stopped and not all(run.is_done for run in runs.values()):
             for run in runs.values():
-                if run.step < run.total and run.advance():
+                if not run.is_done and run.advance():
                     report()
-            bar.update()
+            bar.update(some.step - bar.n)  # backwards, when the run goes back
             bar.set_postfix({key: f"{value:.3f}" for key in ("loss", "nelbo") if (value := some.history.last(key))})
             stopped = _all_agree(asked, some)
         for run in runs.values():

@@ -5,9 +5,8 @@ import signal
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.state import AcceleratorState
 
-from dalm_utils import as_diffusion, backbone, load_diffusion, nelbo, run, train, train_arms, training
+from dalm_utils import as_diffusion, load_diffusion, nelbo, train, train_arms, training
 from dalm_utils.checkpoint import MACHINE_KEYS
 from dalm_utils.run import Run, learning_rate
 from tests.helpers import tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
@@ -139,23 +138,6 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(tmp_path):
     bad.remove()
     assert history.last("skipped") == 2
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-@pytest.fixture
-def fp16(monkeypatch):
-    """Real float16 products and a loss scaler on the CPU, where accelerate gives none; each call starts anew."""
-
-    def accelerator(config):
-        AcceleratorState._reset_state()
-        one = Accelerator(mixed_precision="fp16", cpu=True)
-        one.native_amp, one.scaler = True, torch.amp.GradScaler("cpu", init_scale=2.0**28)
-        return one
-
-    monkeypatch.setattr(training, "_accelerator", accelerator)
-    for module in (backbone, run):  # float16 although it is slow here
-        monkeypatch.setattr(module, "pick_precision", lambda precision, device: "fp16")
-    yield
-    AcceleratorState._reset_state()
 
 
 def test_fp16_skips_a_step_that_overflows_and_lowers_its_scale(tmp_path, fp16):

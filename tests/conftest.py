@@ -1,0 +1,25 @@
+"""Fixtures that several test files share."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from dalm_utils import backbone, run, training
+
+
+@pytest.fixture
+def fp16(monkeypatch):
+    """Real float16 products and a loss scaler on the CPU, where accelerate gives none; each call starts anew."""
+
+    def accelerator(config):
+        AcceleratorState._reset_state()
+        one = Accelerator(mixed_precision="fp16", cpu=True)
+        one.native_amp, one.scaler = True, torch.amp.GradScaler("cpu", init_scale=2.0**28)
+        return one
+
+    monkeypatch.setattr(training, "_accelerator", accelerator)
+    for module in (backbone, run):  # float16 although it is slow here
+        monkeypatch.setattr(module, "pick_precision", lambda precision, device: "fp16")
+    yield
+    AcceleratorState._reset_state()

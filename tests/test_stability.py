@@ -1,0 +1,172 @@
+"""Faults are put into real runs, at the gradient or the weights; each run survives, says so, and ends well."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from dalm_utils import load_diffusion, train
+from dalm_utils.stability import MEMORY, Watch
+from tests.helpers import tiny_config, tiny_diffusion
+
+
+class Fault:
+    """Changes the gradient of the embedding in some backward passes, counted from 1."""
+
+    def __init__(self, passes, change):
+        self.passes, self.change, self.seen = passes, change, 0
+
+    def strike(self, model):
+        model.get_input_embeddings().weight.register_hook(self._hook)
+        return model
+
+    def _hook(self, grad):
+        self.seen += 1
+        return self.change(grad) if self.seen in self.passes else grad
+
+
+def broken(grad):
+    return grad * float("nan")
+
+
+def events(history):
+    return [record["event"] for record in history.records if "event" in record]
+
+
+def faulty(folder, fault, **changes):
+    model, tokenizer = tiny_diffusion()
+    settings = dict(steps=24, log_every=1, eval_every=12, save_every=4, max_skips=3)
+    return model, train(fault.strike(model), tokenizer, tiny_config(folder, **{**settings, **changes}))
+
+
+# ------------------------------------------------------------------------------------------------- judging
+def test_watch_tells_usual_norms_from_spikes_and_from_nan():
+    watch = Watch(spike=10, max_skips=2)
+    verdicts = [bool(watch.judge(torch.tensor(norm))) for norm in (2.0, 4.0, 100.0, float("nan"), 3.0, float("inf"))]
+    assert verdicts == [False, False, True, True, False, True]
+    usual = 2.0 + MEMORY * 2.0
+    assert watch.state()["usual_norm"] == pytest.approx(usual + MEMORY * (3.0 - usual))
+    figures, trouble = watch.read(saturated=0, loss_scale=None)
+    assert (figures["skipped"], figures["spikes"], figures["largest_norm"], trouble) == (3, 1, 100.0, None)
+    watch.judge(torch.tensor(float("nan")))
+    assert "2 steps in a row" in watch.read(saturated=0, loss_scale=None)[1]
+    watch.judge(torch.tensor(3.0))
+    assert watch.read(saturated=0, loss_scale=None)[1] is None  # it got over it by itself
+
+
+@pytest.mark.parametrize(
+    "saturated, scale, words",
+    [(0, 0.5, "loss scale fell to 0.5"), (2, None, "2.0% of the predictions are saturated"), (1, 1.0, None)],
+)
+def test_watch_names_the_trouble(saturated, scale, words):
+    watch = Watch(spike=None, max_skips=2)
+    watch.count(torch.tensor(saturated), 100)
+    figures, trouble = watch.read(saturated, scale)
+    assert figures["saturated"] == saturated / 100
+    assert trouble is None if words is None else words in trouble
+
+
+def test_without_a_spike_limit_no_norm_is_a_spike():
+    watch = Watch(spike=None, max_skips=2)
+    assert not any(watch.judge(torch.tensor(norm)) for norm in (1.0, 1e9))
+    assert "norm_limit" not in watch.read(0, None)[0]
+
+
+# ------------------------------------------------------------------------------------------------ surviving
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_goes_back_and_ends_well(tmp_path, precision):
+    fault = Fault(range(11, 16), broken)
+    model, history = faulty(tmp_path, fault, precision=precision)
+    assert events(history) == ["at step 13 3 steps in a row were unusable: back to step 8, learning rate x 0.5"]
+    assert history.records[-1]["step"] == 24 and history.last("skipped") == 5  # two more passes were broken after it
+    assert all(torch.isfinite(weight).all() for weight in model.parameters())
+    clean = faulty(tmp_path, Fault((), broken), name="clean", precision=precision)[1]
+    rates = [dict(zip(*run.series("lr"), strict=True)) for run in (history, clean)]
+    assert rates[0][8] == rates[1][8] and rates[0][20] == rates[1][20] / 2
+    steps = history.series("loss")[0]
+    assert steps == sorted(set(steps))  # what was undone is not in the history
+    assert history.last("nelbo") < history.series("nelbo")[1][0]
+
+
+def test_an_fp16_run_whose_scale_collapses_goes_back(tmp_path, fp16):
+    fault = Fault(range(31, 60), broken)  # the scale has found its level by then
+    model, history = faulty(tmp_path, fault, steps=48, save_every=12, eval_every=24, max_skips=40)
+    assert len(events(history)) == 1 and "the loss scale fell to 0.5: back to step" in events(history)[0]
+    assert history.records[-1]["step"] == 48 and history.last("loss_scale") > 1
+    assert all(torch.isfinite(weight).all() for weight in model.parameters())
+
+
+@pytest.mark.parametrize("spike, skipped", [(10.0, 1), (None, 0)])
+def test_a_spike_is_skipped_if_asked(tmp_path, spike, skipped):
+    _, history = faulty(tmp_path, Fault([15], lambda grad: grad * 1e4), spike=spike)
+    assert (history.last("skipped"), history.last("spikes")) == (skipped, skipped)
+    norms = dict(zip(*history.series("largest_norm"), strict=True))
+    assert norms[15] > 100 * norms[14]
+
+
+def test_an_fp16_spike_does_not_lower_the_loss_scale(tmp_path, fp16):
+    _, history = faulty(tmp_path, Fault([30], lambda grad: grad * 1e3), steps=32, spike=20.0, max_skips=40)
+    scales = dict(zip(*history.series("loss_scale"), strict=True))
+    assert history.last("spikes") == 1 and scales[30] == scales[29]
+
+
+def test_saturated_logits_send_a_run_back(tmp_path):
+    model, tokenizer = tiny_diffusion()
+
+    def inflate(history, config):
+        if history.records[-1]["step"] == 10 and not events(history):
+            with torch.no_grad():
+                model.get_input_embeddings().weight.mul_(1e3)
+
+    config = tiny_config(tmp_path, steps=16, log_every=1, save_every=4)
+    history = train(model, tokenizer, config, on_log=inflate)
+    assert len(events(history)) == 1 and "predictions are saturated" in events(history)[0]
+    assert "back to step 8" in events(history)[0] and history.last("saturated") == 0
+
+
+def test_a_continued_run_remembers_that_it_went_back(tmp_path):
+    def stop(history, config):
+        if history.records[-1]["step"] == 18:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    fault = Fault(range(11, 16), broken)
+    expected, whole = faulty(tmp_path, fault, name="whole")
+    fault.seen = 0
+    model, tokenizer = tiny_diffusion()
+    config = tiny_config(tmp_path, steps=24, log_every=1, eval_every=12, save_every=4, max_skips=3)
+    train(fault.strike(model), tokenizer, config, on_log=stop)
+    again, _ = tiny_diffusion(seed=5)
+    history = train(again, tokenizer, config)
+    assert events(history) == events(whole) and history.series("lr") == whole.series("lr")
+    assert all(torch.equal(weight, expected.state_dict()[name]) for name, weight in again.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------------ giving up
+def test_a_run_that_stays_unstable_is_given_up_and_its_checkpoint_stays(tmp_path):
+    with pytest.raises(RuntimeError, match=r"after going back 3 times, 3 steps in a row.*Lower learning_rate"):
+        faulty(tmp_path, Fault(range(7, 1000), broken))
+    folder = tiny_config(tmp_path).folder
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-000004"]
+    assert all(torch.isfinite(w).all() for w in load_diffusion(folder / "step-000004")[0].parameters())
+    _, history = faulty(tmp_path, Fault((), broken))  # the folder is free, and the run goes on from there
+    assert history.records[-1]["step"] == 24
+
+
+def test_trouble_before_the_first_checkpoint_says_what_to_do(tmp_path):
+    with pytest.raises(RuntimeError, match=r"before the first checkpoint.*a smaller save_every"):
+        faulty(tmp_path, Fault(range(1, 9), broken), save_every=20)
+
+
+# ------------------------------------------------------------------------------------------------- patience
+def test_a_run_ends_when_the_nelbo_no_longer_falls_and_keeps_the_best(tmp_path):
+    config = tiny_config(tmp_path, steps=60, eval_every=2, learning_rate=0.5, patience=3)  # far too fast: it gets worse
+    history = train(*tiny_diffusion(), config)
+    steps, scores = history.series("nelbo")
+    best = scores.index(min(scores))
+    assert steps[-1] < 60 and len(scores) - 1 - best == 3
+    assert events(history) == ["finished: no better NELBO in 3 evaluations"]
+    assert json.loads((config.folder / f"step-{steps[-1]:06d}" / "state.json").read_text())["best"] == min(scores)
+    assert train(*tiny_diffusion(), config).records == history.records  # a finished run is not continued
+    assert train(*tiny_diffusion(), config.replace(patience=100)).records[-1]["step"] == 60  # unless more is asked
