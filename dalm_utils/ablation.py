@@ -9,16 +9,20 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from .backbone import load_diffusion
+from .backbone import load_base, load_diffusion
 from .checkpoint import History
 from .config import PROJECT, RunConfig, load_config
-from .corpus import load_corpus
-from .evaluation import nelbo
+from .corpus import Blocks, load_corpus
+from .evaluation import ar_nll, nelbo
 from .training import train_arms
 
 RECORDED = PROJECT / "notebooks" / "recorded"
@@ -54,12 +58,14 @@ def budget(config: RunConfig, steps: int, seed: int) -> RunConfig:
     )  # fmt: skip
 
 
-def record(profile: str) -> Path:
-    """Run what is left of a profile's plan; returns the file with the results."""
-    config = load_config("shift", profile)
-    path = RECORDED / f"{config.name}.json"
+def record(config: RunConfig, plan: list[tuple], path: Path) -> None:
+    """Run what is left of a plan (groups of arms, steps, seed), and add each group to the file when it is done.
+
+    Raises:
+        SystemExit: the user stopped it; called again it continues.
+    """
     done = json.loads(path.read_text())["runs"] if path.exists() else []
-    for names, steps, seed in PLANS[profile]:
+    for names, steps, seed in plan:
         if any((run["steps"], run["seed"]) == (steps, seed) for run in done):
             continue
         configs = arms(budget(config, steps, seed), names)
@@ -71,17 +77,24 @@ def record(profile: str) -> Path:
             for name, history in histories.items()
         ]
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(_about(config, profile) | {"runs": done}, indent=1) + "\n")
-    return path
+        path.write_text(_as_json(_about(config) | {"runs": done}))
 
 
-def _about(config: RunConfig, profile: str) -> dict:
+def _as_json(content: dict) -> str:
+    """A line for each short list, so that the file can be read and compared."""
+    text = json.dumps(content, indent=1)
+    return re.sub(r"\[[\s\d.,-]+\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n"
+
+
+def _about(config: RunConfig) -> dict:
+    base, tokenizer = load_base(config.base, hub=config.hub, device=config.device)
     machine = f"{torch.get_num_threads()} of {os.cpu_count()} cores, {torch.cpu.get_capabilities()['cpu_name']}"
     return {
-        "command": f"python -m dalm_utils.ablation {profile}",
+        "command": f"python -m dalm_utils.ablation {config.name.removeprefix('shift-')}",
         "date": str(datetime.date.today()),
         "machine": f"{machine}, torch {torch.__version__}",
         "test": f"{TEST_BLOCKS} test blocks, {TEST_SAMPLES} masks each; the NELBO of each block, nats per token",
+        "ar_nll": round(ar_nll(base, tokenizer, _test_blocks(config, tokenizer)).mean, 4),
         "config": {key: value for key, value in vars(config).items() if key != "runs"},
     }
 
@@ -89,8 +102,7 @@ def _about(config: RunConfig, profile: str) -> dict:
 def _result(history: History, config: RunConfig, arm: str) -> dict:
     """What is kept of one run: its curves, and the score of each test block, so that any two can be paired."""
     model, tokenizer = load_diffusion(config.folder.with_name(f"{config.name}-{arm}") / "best", device=config.device)
-    blocks = load_corpus(config.text, tokenizer, field=config.field).blocks("test", config.length, TEST_BLOCKS)
-    score = nelbo(model, tokenizer, blocks, num_samples=TEST_SAMPLES)
+    score = nelbo(model, tokenizer, _test_blocks(config, tokenizer), num_samples=TEST_SAMPLES)
     curves = {key: history.series(key, "tokens") for key in ("loss", "nelbo")}
     return {
         "tokens": history.last("tokens"),
@@ -101,7 +113,49 @@ def _result(history: History, config: RunConfig, arm: str) -> dict:
     }
 
 
+def _test_blocks(config: RunConfig, tokenizer) -> Blocks:
+    return load_corpus(config.text, tokenizer, field=config.field).blocks("test", config.length, TEST_BLOCKS)
+
+
+# ------------------------------------------------------------------------------------------------- reading
+@dataclass(frozen=True)
+class Recorded:
+    """A recorded ablation: what it is about, and its runs."""
+
+    about: dict
+    runs: list[dict]
+
+    def scores(self, arm: str, steps: int) -> list[np.ndarray]:
+        """The NELBO of each test block, `[N]` in nats per token, for each seed in order."""
+        chosen = [run for run in self.runs if (run["arm"], run["steps"]) == (arm, steps)]
+        return [np.array(run["per_block"]) for run in sorted(chosen, key=lambda run: run["seed"])]
+
+    def effects(self, worse: str, better: str, steps: int) -> list[float]:
+        """NELBO of `worse` minus that of `better`, one paired difference for each seed."""
+        pairs = zip(self.scores(worse, steps), self.scores(better, steps), strict=True)
+        return [float((one - other).mean()) for one, other in pairs]
+
+    def effect(self, worse: str, better: str, steps: int) -> tuple[float, float]:
+        """Their mean and its standard error: over seeds, or over test blocks where there is one seed only."""
+        values = self.effects(worse, better, steps)
+        if len(values) == 1:
+            values = self.scores(worse, steps)[0] - self.scores(better, steps)[0]
+        return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+    def tokens(self, steps: int) -> int:
+        """Tokens of training in a run of so many steps."""
+        return next(run["tokens"] for run in self.runs if run["steps"] == steps)
+
+
+def load(name: str) -> Recorded:
+    """The record of a run's ablation, for instance "shift-laptop"."""
+    content = json.loads((RECORDED / f"{name}.json").read_text())
+    return Recorded({key: value for key, value in content.items() if key != "runs"}, content["runs"])
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("profile", nargs="?", default="laptop", choices=sorted(PLANS))
-    print("recorded in", record(parser.parse_args().profile).relative_to(PROJECT))
+    asked = load_config("shift", parser.parse_args().profile)
+    record(asked, PLANS[asked.name.removeprefix("shift-")], RECORDED / f"{asked.name}.json")
+    print(f"recorded in {(RECORDED / asked.name).relative_to(PROJECT)}.json")

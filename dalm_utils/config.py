@@ -138,61 +138,49 @@ FREE_FIELDS = {
     "gradient_checkpointing", "sample_every", "save_every", "keep", "trackers", "max_skips", "patience",
 }  # fmt: skip
 
+# What the profiles of the three notebooks share. `real` is a real pretrained model that needs neither a hub nor a GPU.
+LAPTOP = dict(base="tiny-gpt2", text="docstrings", length=256, batch=16, learning_rate=1e-3)
+REAL = dict(
+    base="data/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf", text="docstrings", length=128, batch=8,
+    learning_rate=1e-4, warmup_steps=20, anneal_steps=100, eval_every=50, eval_blocks=32, save_every=100,
+)  # fmt: skip
+FULL = dict(
+    base="gpt2", text="arxiv:1", field="article", device="cuda", precision="fp16", length=512, batch=8, learning_rate=5e-5
+)
+
 PROFILES: dict[str, dict[str, dict]] = {
     "gpt2": {
-        "laptop": dict(
-            name="gpt2-laptop",
-            base="tiny-gpt2",
-            text="docstrings",
-            length=256,
-            batch=16,
-            steps=240,
-            learning_rate=1e-3,
-            warmup_steps=20,
-            anneal_steps=80,
-            eval_every=60,
-            eval_blocks=48,
-            sample_every=60,
-            save_every=120,
+        "laptop": LAPTOP | dict(
+            steps=240, warmup_steps=20, anneal_steps=80, eval_every=60, eval_blocks=48, sample_every=60, save_every=120
         ),
-        "full": dict(
-            name="gpt2-full",
-            base="gpt2",
-            text="data/arxiv_train-1.jsonl",
-            field="article",
-            device="cuda",
-            precision="fp16",
-            length=512,
-            batch=8,
-            epochs=10,
-            train_blocks=40_000,
-            learning_rate=5e-5,
-            warmup_steps=2_000,
-            anneal_steps=10_000,
-            eval_every=1_000,
-            sample_every=5_000,
-            save_every=1_000,
+        "real": REAL | dict(steps=300, sample_every=100),
+        "full": FULL | dict(
+            epochs=10, train_blocks=40_000, warmup_steps=2_000, anneal_steps=10_000, eval_every=1_000,
+            sample_every=5_000, save_every=1_000,
         ),
     },
     "shift": {
-        "laptop": dict(
-            name="shift-laptop",
-            base="tiny-gpt2",
-            text="docstrings",
-            length=256,
-            batch=16,
-            epochs=1,
-            train_blocks=1_920,
-            learning_rate=1e-3,
-            warmup_steps=10,
-            anneal_steps=40,
-            log_every=5,
-            eval_every=15,
-            eval_blocks=32,
+        "laptop": LAPTOP | dict(
+            epochs=1, train_blocks=1_920, warmup_steps=10, anneal_steps=40, log_every=5, eval_every=15, eval_blocks=32,
             save_every=60,
         ),
+        "real": REAL | dict(epochs=1, train_blocks=2_400),
+        "full": FULL | dict(
+            epochs=1, train_blocks=8_000, warmup_steps=100, anneal_steps=333, eval_every=100, save_every=500
+        ),
     },
-}
+    "galactica": {
+        "laptop": LAPTOP | dict(
+            base="tiny-galactica", text="mathematics", epochs=3, train_blocks=1_280, warmup_steps=20, anneal_steps=80,
+            eval_every=40, eval_blocks=48, save_every=40, spike=10.0, patience=3,
+        ),
+        "real": REAL | dict(text="mathematics", epochs=3, train_blocks=800, spike=10.0, patience=3),
+        "full": FULL | dict(
+            base="facebook/galactica-125m", epochs=3, train_blocks=12_000, warmup_steps=500, anneal_steps=1_500,
+            eval_every=500, save_every=500, spike=10.0, patience=3,
+        ),
+    },
+}  # fmt: skip
 
 
 def load_config(notebook: str, profile: str | None = None, **overrides) -> RunConfig:
@@ -207,7 +195,7 @@ def load_config(notebook: str, profile: str | None = None, **overrides) -> RunCo
         ValueError: an unknown notebook, profile or field (the nearest name is suggested), or a bad value.
     """
     profile = profile or os.environ.get("DALM_PROFILE", "laptop")
-    fields = _pick(_pick(PROFILES, notebook, "notebook"), profile, "profile")
+    fields = {"name": f"{notebook}-{profile}"} | _pick(_pick(PROFILES, notebook, "notebook"), profile, "profile")
     check_names(overrides)
     return RunConfig(**{**fields, **_from_environment(), **overrides})
 

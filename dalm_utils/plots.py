@@ -76,22 +76,25 @@ def corrupted(rows: dict[str, list[str | None]]) -> None:
 
 # -------------------------------------------------------------------------------------------------- curves
 class Live:
-    """A loss curve that redraws itself in the notebook while training runs: `train(..., on_log=Live())`."""
+    """A loss curve that redraws itself while `train` or `train_arms` runs: `train(..., on_log=Live())`."""
 
     def __init__(self, every: float = 2.0):
         self.every, self.drawn, self.handle = every, -math.inf, None  # seconds between two drawings
 
-    def __call__(self, history: History, config: RunConfig) -> None:
-        evaluated = "nelbo" in history.records[-1]
-        if time.monotonic() - self.drawn < self.every and not evaluated:
+    def __call__(self, history: History | dict[str, History], config: RunConfig | None = None) -> None:
+        histories = history if isinstance(history, dict) else {config.name: history}
+        last = [history.records[-1] for history in histories.values()]
+        worth_waiting = any("nelbo" in record or "event" in record for record in last)
+        if time.monotonic() - self.drawn < self.every and not worth_waiting:
             return
         self.drawn = time.monotonic()
         figure, axis = plt.subplots(figsize=(8, 3.6))
-        _draw_loss(axis, {config.name: history}, evaluated=True)
-        speed = history.last("tokens_per_second")
-        axis.set_title(f"step {history.records[-1]['step']}" + (f", {speed} tokens/s" if speed else ""))
+        _draw_loss(axis, histories, evaluated=True)
+        one = next(iter(histories.values()))
+        speed = one.last("tokens_per_second")
+        axis.set_title(f"step {last[0]['step']}" + (f", {speed:,} tokens/s" if speed else ""))
         axis.legend(loc="upper right")
-        if sample := history.last("sample"):
+        if sample := one.last("sample"):
             text = " ".join(sample[:110].split()).replace("$", r"\$")
             figure.text(0.01, -0.06, "it writes: " + text, fontsize=8, family="monospace", color=GREY)
         if self.handle is None:
@@ -148,7 +151,8 @@ def _draw_loss(axis, histories: dict[str, History], evaluated: bool = True) -> N
         axis.plot(*history.series("loss"), color=color, alpha=0.35, lw=1)
         axis.plot(*_smooth(*history.series("loss")), color=color, lw=2, label=f"{name}: training loss")
         if evaluated and history.series("nelbo")[0]:
-            axis.plot(*history.series("nelbo"), "o", color=ORANGE, label=f"{name}: held-out NELBO")
+            dots = ORANGE if len(histories) == 1 else color
+            axis.plot(*history.series("nelbo"), "o", color=dots, label=f"{name}: held-out NELBO")
     axis.set(xlabel="optimizer step", ylabel="nats per token", title="training loss")
 
 
@@ -161,6 +165,79 @@ def _token_axis(axis, history: History) -> None:
     per_step = last["tokens"] / last["step"] / 1e6
     top = axis.secondary_xaxis("top", functions=(lambda step: step * per_step, lambda tokens: tokens / per_step))
     top.set_xlabel("million tokens")
+
+
+# -------------------------------------------------------------------------------------------- comparisons
+def arms(scores: dict[str, list[float]], base: float | None = None) -> None:
+    """Each arm's NELBO: a dot for each seed, a bar for their mean with its standard error.
+
+    Args:
+        base: nats per token of the AR model on the same blocks.
+    """
+    figure, axis = plt.subplots(figsize=(8, 0.62 * len(scores) + 1.2))
+    for row, (values, color) in enumerate(zip(scores.values(), COLORS, strict=False)):
+        mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))
+        axis.plot(values, [row] * len(values), "o", color=color, alpha=0.45, ms=7)
+        axis.errorbar(mean, row, xerr=error, color=color, marker="|", ms=22, mew=2.5, capsize=4)
+        axis.annotate(f"{mean:.3f}", (mean, row), (0, 15), textcoords="offset points", ha="center", color=color)
+    if base is not None:
+        axis.axvline(base, color=RED, linestyle="--", label=f"AR model: {base:.2f}")
+        axis.legend(loc="lower right")
+    axis.set(yticks=range(len(scores)), ylim=(len(scores) - 0.5, -0.7), xlabel="NELBO on test text, nats per token")
+    axis.set_yticklabels(scores)
+    axis.grid(False, axis="y")
+    _show(figure)
+
+
+def worth_against_budget(worth: dict[int, list[float]], what: str) -> None:
+    """A difference in nats per token against the training budget, with every seed and the mean's standard error.
+
+    Args:
+        worth: tokens of training -> the difference, one value for each seed.
+    """
+    tokens = sorted(worth)
+    means = [np.mean(worth[n]) for n in tokens]
+    errors = [np.std(worth[n], ddof=1) / np.sqrt(len(worth[n])) if len(worth[n]) > 1 else 0.0 for n in tokens]
+    figure, axis = plt.subplots(figsize=(8, 3.8))
+    axis.errorbar(tokens, means, yerr=errors, color=BLUE, marker="o", capsize=4, lw=2)
+    for n in tokens:
+        axis.plot([n] * len(worth[n]), worth[n], "o", color=BLUE, alpha=0.35, ms=4)
+    axis.set(xscale="log", xlabel="tokens of training", ylabel="nats per token", title=what)
+    axis.set_xticks(tokens, [f"{n / 1e6:.2f} M" if n < 1e6 else f"{n / 1e6:.1f} M" for n in tokens])
+    axis.minorticks_off()
+    axis.axhline(0, color="black", lw=0.8)
+    axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
+    _show(figure)
+
+
+# ---------------------------------------------------------------------------------------------- stability
+def stability(history: History) -> None:
+    """What the checks of a run saw: gradient norms, steps left out, saturation, loss scale; red where it went back."""
+    panels = {
+        "largest_norm": "largest gradient norm",
+        "skipped": "steps left out so far",
+        "saturated": "share of saturated predictions",
+    }
+    if history.series("loss_scale")[0]:
+        panels["loss_scale"] = "loss scale"
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.2))
+    for axis, (key, title) in zip(axes, panels.items(), strict=True):
+        axis.plot(*history.series(key), color=BLUE, lw=1.8, drawstyle="steps-post" if key == "skipped" else "default")
+        for step in history.series("event")[0]:
+            axis.axvline(step, color=RED, linestyle="--", lw=1.4, label="went back to here")
+        axis.set(title=title, xlabel="optimizer step")
+    axes[0].plot(*history.series("norm_limit"), color=ORANGE, linestyle=":", label="a spike, from here on")
+    axes[0].set_yscale("log")
+    axes[1].set_ylim(0, max(1.0, 1.1 * (history.last("skipped") or 0)))
+    axes[2].set_ylim(0, max(0.02, *history.series("saturated")[1]))
+    figure.legend(*_once(axes[0]), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2)
+    _show(figure)
+
+
+def _once(axis) -> tuple[list, list]:
+    """Handles and labels of a legend in which each label stands once."""
+    unique = {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    return list(unique.values()), list(unique)
 
 
 # ------------------------------------------------------------------------------------------------- samples

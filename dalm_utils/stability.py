@@ -65,7 +65,7 @@ class Watch:
         figures = {
             "skipped": int(value["skipped"]),
             "spikes": int(value["spikes"]),
-            "largest_norm": value["largest_norm"],
+            "largest_norm": value["largest_norm"] or None,  # no norm was finite
             "saturated": share,
         }
         if self.spike is not None:

@@ -56,7 +56,7 @@ def test_bad_fields_are_named_with_a_remedy(bad, message):
 
 
 def test_unknown_profiles_and_variables(monkeypatch):
-    with pytest.raises(ValueError, match="no profile named 'desktop'; choose one of laptop, full"):
+    with pytest.raises(ValueError, match="no profile named 'desktop'; choose one of laptop, real, full"):
         load_config("gpt2", "desktop")
     with pytest.raises(ValueError, match="no notebook named 'bert'"):
         load_config("bert")

@@ -105,3 +105,50 @@ def test_the_viewer_holds_the_whole_text_and_each_tokens_birth(shown):
     for index, reveal in enumerate(samples.history):
         assert [position for position, born in enumerate(births, 1) if born == index] == sorted(reveal.positions)
     assert births.count(-1) == len(births) - 10 and "<script" not in page and "type='range'" in page
+
+
+def test_live_draws_all_arms_in_colours_of_their_own(shown):
+    live = plots.Live(every=0)
+    live({"one": history(), "two": history()})
+    axis = shown[0].axes[0]
+    labels = axis.get_legend_handles_labels()[1]
+    assert labels == [f"{arm}: {what}" for arm in ("one", "two") for what in ("training loss", "held-out NELBO")]
+    assert axis.lines[1].get_color() == axis.lines[2].get_color() != axis.lines[4].get_color()
+
+
+def test_arms_show_each_seed_and_the_mean_with_its_error(shown):
+    plots.arms({"with": [4.0, 4.2, 4.4], "without": [5.0, 5.0, 5.3]}, base=3.0)
+    axis = shown[0].axes[0]
+    assert list(axis.lines[0].get_xdata()) == [4.0, 4.2, 4.4]
+    means = [container.lines[0].get_xdata()[0] for container in axis.containers]
+    assert means == pytest.approx([4.2, 5.1])
+    low, high = axis.containers[0].lines[2][0].get_segments()[0][:, 0]
+    assert (high - low) / 2 == pytest.approx(0.2 / 3**0.5)
+
+
+def test_the_worth_of_a_choice_is_drawn_against_its_budget(shown):
+    plots.worth_against_budget({2_000_000: [0.1], 500_000: [0.5, 0.7]}, "worth")
+    axis = shown[0].axes[0]
+    assert list(axis.lines[0].get_xdata()) == [500_000, 2_000_000]
+    assert list(axis.lines[0].get_ydata()) == pytest.approx([0.6, 0.1])
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0.50 M", "2.0 M"]
+
+
+@pytest.mark.parametrize("scale", [None, 1024.0])
+def test_the_stability_panel_marks_where_a_run_went_back(shown, scale):
+    records = [
+        {"step": s, "skipped": s // 10, "largest_norm": 2.0 if s != 15 else None, "saturated": 0.0, "norm_limit": 20.0}
+        | ({"loss_scale": scale} if scale else {})
+        for s in range(5, 30, 5)
+    ]
+    plots.stability(History(records=[*records, {"step": 20, "event": "back"}]))
+    axes = shown[0].axes
+    assert len(axes) == (4 if scale else 3)
+    assert list(axes[0].lines[0].get_xdata()) == [5, 10, 20, 25] and list(axes[1].lines[0].get_ydata()) == [
+        0,
+        1,
+        1,
+        2,
+        2,
+    ]
+    assert all(20 in line.get_xdata() for axis in axes for line in axis.lines[1:2])

@@ -1,0 +1,77 @@
+import json
+
+import numpy as np
+import pytest
+
+from dalm_utils import ablation
+from dalm_utils.checkpoint import History
+from tests.helpers import tiny_config, tiny_model, tiny_tokenizer
+
+
+@pytest.fixture
+def config(tmp_path):
+    tiny_model(vocab=320, seed=7).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    return tiny_config(tmp_path, name="shift-tiny", base=str(tmp_path / "base"), steps=None)
+
+
+def test_a_plan_is_recorded_group_by_group_and_continued(tmp_path, config, monkeypatch):
+    monkeypatch.setattr(ablation, "TEST_BLOCKS", 2)
+    path = tmp_path / "recorded" / "shift-tiny.json"
+    ablation.record(config, [(ablation.SQUARE, 12, 0)], path)
+    first = json.loads(path.read_text())
+    assert first["command"] == "python -m dalm_utils.ablation tiny" and first["ar_nll"] > 0
+    assert [run["arm"] for run in first["runs"]] == list(ablation.SQUARE)
+    assert all(len(run["per_block"]) == 2 and run["tokens"] == 12 * 4 * 16 for run in first["runs"])
+    scores = [run["nelbo"] for run in first["runs"]]
+    assert len(set(scores)) == len(scores), "two arms are the same"
+    ablation.record(config, [(ablation.SQUARE, 12, 0), (ablation.PAIR, 12, 1)], path)
+    second = json.loads(path.read_text())["runs"]
+    assert second[:5] == first["runs"] and [run["seed"] for run in second[5:]] == [1, 1]
+
+
+def test_a_budget_scales_the_schedule_with_the_run(config):
+    small, large = (ablation.budget(config, steps, seed=0) for steps in (24, 240))
+    for field in ("train_blocks", "anneal_steps", "warmup_steps", "eval_every", "save_every"):
+        assert getattr(large, field) == 10 * getattr(small, field)
+    assert small.name != large.name != ablation.budget(config, 240, seed=1).name
+
+
+def test_effects_are_paired_by_seed_and_block():
+    noise = np.random.default_rng(0).normal(size=(3, 50))
+    runs = [
+        {"arm": arm, "steps": 10, "seed": seed, "tokens": 640, "per_block": list(4 + noise[seed] + worse + 0.1 * seed)}
+        for seed in (2, 0, 1)
+        for arm, worse in (("shift", 0.0), ("no-shift", 0.5))
+    ]
+    recorded = ablation.Recorded({}, runs)
+    assert recorded.effects("no-shift", "shift", 10) == pytest.approx([0.5, 0.5, 0.5])
+    assert recorded.effect("no-shift", "shift", 10) == pytest.approx((0.5, 0.0), abs=1e-9)
+    assert recorded.tokens(10) == 640
+    assert [round(s.mean() - 4 - noise[i].mean(), 6) for i, s in enumerate(recorded.scores("shift", 10))] == [
+        0,
+        0.1,
+        0.2,
+    ]
+    single = ablation.Recorded({}, [run for run in runs if run["seed"] == 0])
+    single.runs[0]["per_block"][0] -= 5.0
+    mean, error = single.effect("no-shift", "shift", 10)
+    assert mean == pytest.approx(0.6) and error == pytest.approx(0.1)  # one block of fifty differs by five more
+
+
+def test_the_shipped_records_are_whole():
+    for path in ablation.RECORDED.glob("*.json"):
+        recorded = ablation.load(path.stem)
+        plan = ablation.PLANS[path.stem.removeprefix("shift-")]
+        expected = {(arm, steps, seed) for arms, steps, seed in plan for arm in arms}
+        assert {(run["arm"], run["steps"], run["seed"]) for run in recorded.runs} == expected
+        for run in recorded.runs:
+            assert run["nelbo"] == pytest.approx(np.mean(run["per_block"]), abs=1e-3)
+
+
+def test_tokens_until_a_figure_is_reached():
+    history = History(records=[{"tokens": 100 * i, "nelbo": value} for i, value in enumerate((8.0, 6.0, 5.0), 1)])
+    assert history.tokens_until("nelbo", 7.0) == 150
+    assert history.tokens_until("nelbo", 5.0) == 300
+    assert history.tokens_until("nelbo", 9.0) == 100
+    assert history.tokens_until("nelbo", 4.9) is None
