@@ -5,8 +5,9 @@ from .backbone import BASES, as_diffusion, check_attention, load_base, load_diff
 from .checkpoint import History
 from .config import RunConfig, load_config
 from .corpus import load_corpus
-from .evaluation import Estimate, ar_nll, continuation_nelbo, nelbo, paired_difference, text_quality
+from .evaluation import Estimate, ar_nll, continuation_nelbo, nelbo, paired_difference
 from .objective import DiffusionLoss, corrupt, diffusion_loss, sample_times
+from .quality import infilling, text_quality
 from .run import build
 from .sampling import Samples, generate
 from .training import train, train_arms
@@ -28,6 +29,7 @@ __all__ = [
     "corrupt",
     "diffusion_loss",
     "generate",
+    "infilling",
     "load_base",
     "load_config",
     "load_corpus",

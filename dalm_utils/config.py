@@ -145,7 +145,14 @@ REAL = dict(
     learning_rate=1e-4, warmup_steps=20, anneal_steps=100, eval_every=50, eval_blocks=32, save_every=100,
 )  # fmt: skip
 FULL = dict(
-    base="gpt2", text="arxiv:1", field="article", device="cuda", precision="fp16", length=512, batch=8, learning_rate=5e-5
+    base="gpt2",
+    text="arxiv:1",
+    field="article",
+    device="cuda",
+    precision="fp16",
+    length=512,
+    batch=8,
+    learning_rate=5e-5,
 )
 
 PROFILES: dict[str, dict[str, dict]] = {

@@ -1,43 +1,37 @@
-"""Documents in, token blocks out: read, clean, split, tokenise, pack, and remember."""
+"""Documents in, token blocks out: tokenise on all cores, pack, and remember."""
 
 from __future__ import annotations
 
-import ast
+import contextlib
 import hashlib
-import importlib.metadata
-import importlib.util
-import itertools
 import json
 import os
-import re
 import shutil
-import tempfile
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from dataclasses import field as dataclass_field
 from functools import partial
 from pathlib import Path
 
+import filelock
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .backbone import begin_id
 from .config import PROJECT
+from .documents import HELD_OUT, SPLITS, Skips, clean_documents, digest, identify, short_name, size_of, split_of
 
 VERSION = 2  # of this file's output: raise it when a change alters what is written
 CACHE = PROJECT / "data" / "cache"
-PACKAGES = ("numpy", "networkx", "sympy", "matplotlib", "torch", "pandas", "transformers", "accelerate", "datasets")
-MIN_CHARACTERS = 200  # a shorter docstring says too little to learn from
-HELD_OUT = {"validation": 2, "test": 2}  # percent of the documents
-SKIP_LIMIT = 100  # unreadable lines or files that are passed over, or this share of all, before it is an error
-SKIP_SHARE = 0.01
-LONGEST_LINE = 64 * 2**20  # bytes; a longer line is no document but a damaged file
-SPLITS = ("train", "validation", "test")
+BATCH = 2**18  # characters that are tokenised together: enough to keep every core busy, and 30 MB while it lasts
+THREADS = min(16, os.cpu_count() or 1)
 
 
 # ------------------------------------------------------------------------------------------------ blocks
@@ -94,248 +88,159 @@ class Corpus:
         return Blocks(tokens, length, self.begin, limit)
 
 
-# ------------------------------------------------------------------------------------------- documents
-@dataclass
-class Skips:
-    """What could not be read: counted, the first places remembered, and an error past the limit.
-
-    The limit is `limit` documents or `SKIP_SHARE` of those read so far, whichever is more.
-    """
-
-    limit: int = SKIP_LIMIT
-    read: int = 0
-    reasons: Counter = dataclass_field(default_factory=Counter)
-    places: list[str] = dataclass_field(default_factory=list)
-
-    def add(self, place: str, reason: str) -> None:
-        self.reasons[reason] += 1
-        self.places = [*self.places, f"{place}: {reason}"][:10]
-        if self.reasons.total() > max(self.limit, SKIP_SHARE * self.read):
-            raise ValueError(
-                f"{self.reasons.total()} of {self.read} documents cannot be read: {dict(self.reasons)}. The first: "
-                + "; ".join(self.places)
-            )
-
-
-def documents(source: str, field: str = "text", skips: Skips | None = None) -> Iterator[str]:
-    """The documents of a source, one string each, in a fixed order.
-
-    Args:
-        source: "docstrings"; a .jsonl file with one object a line; or a folder of .txt, .md, .rst and .tex files.
-        field: the field of a JSON line that holds the text.
-        skips: collects what was passed over (a line that is not JSON, a missing field, an empty document,
-            bytes that are not UTF-8, a line of more than `LONGEST_LINE` bytes).
-
-    Raises:
-        FileNotFoundError, ValueError: no such source, or nothing in it that can be read.
-    """
-    skips = Skips() if skips is None else skips
-    if source == "docstrings":
-        yield from docstrings()
-        return
-    path = _locate(source)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".rst", ".tex"))
-        if not files:
-            raise ValueError(f"the folder {source!r} has no .txt, .md, .rst or .tex file")
-        lines = ((file.relative_to(path).as_posix(), file.read_bytes()) for file in files)
-        parse = _parse_text
-    elif path.suffix in (".jsonl", ".json"):
-        lines = _numbered_lines(path)
-        parse = partial(_parse_json_line, field=field)
-    else:
-        raise ValueError(f"{source!r} is neither a .jsonl file nor a folder")
-    for place, raw in lines:
-        skips.read += 1
-        try:
-            yield parse(raw)
-        except ValueError as error:
-            skips.add(place, str(error))
-
-
-def _locate(source: str) -> Path:
-    path = next((p for p in (Path(source), PROJECT / source) if p.exists()), None)
-    if path is None:
-        raise FileNotFoundError(f"no text at {source!r}: give 'docstrings', a .jsonl file, or a folder of text files")
-    return path
-
-
-def _numbered_lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Each line with its place; of a line that is too long no more than `LONGEST_LINE` + 1 bytes are ever held."""
-    with path.open("rb") as file:
-        for number in itertools.count(1):
-            line = file.readline(LONGEST_LINE + 1)
-            if not line:
-                return
-            rest = line
-            while len(line) > LONGEST_LINE and rest and not rest.endswith(b"\n"):
-                rest = file.readline(LONGEST_LINE)
-            yield f"{path.name}:{number}", line
-
-
-def _parse_text(raw: bytes) -> str:
-    if len(raw) > LONGEST_LINE:
-        raise ValueError(f"longer than {LONGEST_LINE // 2**20} MiB")
-    try:
-        text = raw.decode("utf-8").strip()
-    except UnicodeDecodeError:
-        raise ValueError("not UTF-8") from None
-    if not text:
-        raise ValueError("empty document")
-    return text
-
-
-def _parse_json_line(raw: bytes, field: str) -> str:
-    try:
-        record = json.loads(_parse_text(raw))
-    except json.JSONDecodeError:
-        raise ValueError("not JSON") from None
-    if not isinstance(record, dict) or field not in record:
-        raise ValueError(f"no field {field!r}")
-    if not isinstance(record[field], str):
-        raise ValueError(f"field {field!r} is not a string")
-    return _parse_text(record[field].encode("utf-8", "replace"))
-
-
-def docstrings() -> Iterator[str]:
-    """Every docstring of the installed scientific packages, in the order of their files; tests left out."""
-    roots = [Path(importlib.util.find_spec(package).origin).parent for package in PACKAGES]
-    files = [f for root in roots for f in sorted(root.rglob("*.py")) if "tests" not in f.relative_to(root).parts]
-    with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for found in tqdm(pool.map(_docstrings_of, files, chunksize=32), "reading docstrings", len(files), leave=False):
-            yield from found
-
-
-def _docstrings_of(file: Path) -> list[str]:
-    source = file.read_text(encoding="utf-8", errors="replace")
-    if '"""' not in source and "'''" not in source:
-        return []
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in other people's strings
-        try:
-            tree = ast.parse(source)
-        except SyntaxError:  # templates that only look like Python
-            return []
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
-    return [text for text in found if text and len(text) >= MIN_CHARACTERS]
-
-
-# ------------------------------------------------------------------------------------- clean and split
-def normalise(text: str) -> str:
-    """The words alone, in lower case: what two copies of a document share when layout and numbers differ."""
-    return " ".join(re.findall(r"[^\W\d_]+", text.lower()))
-
-
-def drop_near_copies(texts: Iterable[str], width: int = 8, share: float = 0.5) -> list[str]:
-    """Keep a document only if at most `share` of its runs of `width` words stand in the ones kept before.
-
-    Long documents go first, so that one which is contained in another falls, whichever came first.
-    The result is ordered by a hash of the document: mixed, and the same on every machine.
-    """
-    seen: set[int] = set()
-    kept = []
-    for text in sorted(set(texts), key=lambda text: (-len(text), text)):
-        words = normalise(text).split()
-        runs = {hash(tuple(words[i : i + width])) for i in range(max(1, len(words) - width + 1))}
-        if len(runs & seen) <= share * len(runs):
-            seen |= runs
-            kept.append(text)
-    return sorted(kept, key=_digest)
-
-
-def split_of(text: str) -> str:
-    """The split a document belongs to, by a hash of its normalised form: stable, and the same for all copies."""
-    bucket = int(_digest(normalise(text))[:8], 16) % 100
-    for split, percent in HELD_OUT.items():
-        if bucket < percent:
-            return split
-        bucket -= percent
-    return "train"
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()
-
-
-def clean_documents(source: str, field: str = "text", skips: Skips | None = None) -> Iterable[str]:
-    """The documents without copies; docstrings, which repeat each other, without near copies either."""
-    if source == "docstrings":
-        return drop_near_copies(documents(source, field, skips))
-    return _drop_copies(documents(source, field, skips))
-
-
-def _drop_copies(texts: Iterable[str]) -> Iterator[str]:
-    seen = set()
-    for text in texts:
-        key = _digest(normalise(text))
-        if key not in seen:
-            seen.add(key)
-            yield text
-
-
 # ---------------------------------------------------------------------------------------------- prepare
 def load_corpus(source: str, tokenizer: PreTrainedTokenizerBase, *, field: str = "text", cache: Path = CACHE) -> Corpus:
-    """The tokenised text of a source: from the cache if it is there, else made and put there whole.
+    """The tokenised text of a source (see `documents`): from the cache if it is there, else made and put there whole.
 
-    Every document ends with the begin token, which thus separates documents as well.
+    Every document ends with the begin token, which thus separates documents as well. Of two processes that want
+    the same text at once, one makes it and the other waits. A killed one leaves an unfinished folder, which the
+    next one removes; one that lost some of its tokens is made again.
 
     Raises:
         ValueError: a source without a document, or with more unreadable ones than `SKIP_LIMIT`.
+        FileNotFoundError, ConnectionError: no such source, or a hub that does not give it.
     """
-    facts = {"version": VERSION, "source": _identify(source, field), "tokenizer": tokenizer_digest(tokenizer)}
-    fingerprint = _digest(json.dumps(facts, sort_keys=True))[:12]
-    folder = Path(cache) / f"{Path(source).stem}-{fingerprint}"
-    if not (folder / "facts.json").exists():
+    facts = {"version": VERSION, "source": identify(source, field), "tokenizer": tokenizer_digest(tokenizer)}
+    facts["fingerprint"] = digest(json.dumps(facts, sort_keys=True))[:12]
+    folder = Path(cache) / f"{short_name(source)}-{facts['fingerprint']}"
+    if not _is_whole(folder):
         Path(cache).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=f"{folder.name}.") as unfinished:
-            _write(Path(unfinished), source, field, tokenizer, {**facts, "fingerprint": fingerprint})
-            shutil.rmtree(folder, ignore_errors=True)
-            os.rename(unfinished, folder)
-            os.mkdir(unfinished)  # what the context manager expects to remove
+        with _alone(folder):
+            if not _is_whole(folder):  # another process may have made it meanwhile
+                _make(folder, source, field, tokenizer, facts)
     return Corpus(folder, json.loads((folder / "facts.json").read_text()), begin_id(tokenizer))
 
 
-def _write(folder: Path, source: str, field: str, tokenizer, facts: dict) -> None:
-    skips = Skips()
+def _is_whole(folder: Path) -> bool:
+    """Whether a text is there with all of its tokens; a machine that lost power may have kept only some."""
+    if not (folder / "facts.json").is_file():
+        return False
+    facts = json.loads((folder / "facts.json").read_text())
+    files = {split: folder / f"{split}.bin" for split in SPLITS}
+    width = np.dtype(facts["dtype"]).itemsize
+    return all(file.is_file() and file.stat().st_size == facts["tokens"][s] * width for s, file in files.items())
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Only one process at a time; the lock goes with its holder, however that ends."""
+    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        tqdm.write(f"another process is preparing {folder.name}; waiting for it", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _make(folder: Path, source: str, field: str, tokenizer: PreTrainedTokenizerBase, facts: dict) -> None:
+    """Write beside the place and rename: the folder is there whole, or not at all."""
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+    unfinished.mkdir()
+    try:
+        _write(unfinished, source, field, tokenizer, facts)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write(folder: Path, source: str, field: str, tokenizer: PreTrainedTokenizerBase, facts: dict) -> None:
+    """Stream the documents through all cores onto disk, in order, a bounded number of batches at a time.
+
+    Threads are enough, since the tokenizer does nine tenths of the work and does it outside Python's lock.
+    """
+    begun, skips = time.perf_counter(), Skips()
     dtype = np.uint16 if len(tokenizer) < 2**16 else np.uint32
-    digest = hashlib.blake2b(digest_size=8)  # of the tokens: two copies of a text are the same text
+    hashed = hashlib.blake2b(digest_size=8)  # of the tokens: two copies of a text are the same text
     counts = {name: dict.fromkeys(SPLITS, 0) for name in ("documents", "tokens", "bytes")}
-    files = {split: (folder / f"{split}.bin").open("wb") for split in SPLITS}
-    for batch in _batched(tqdm(clean_documents(source, field, skips), "tokenising", leave=False), 512):
-        for text, ids in zip(batch, encode(tokenizer, batch), strict=True):
-            split = split_of(text)
-            written = np.asarray([*ids, begin_id(tokenizer)], dtype=dtype).tobytes()
-            files[split].write(written)
-            digest.update(written)
-            counts["documents"][split] += 1
-            counts["tokens"][split] += len(ids) + 1
-            counts["bytes"][split] += len(text.encode("utf-8", "replace"))
-    for file in files.values():
-        file.close()
+    texts = clean_documents(source, field, skips)
+    with contextlib.ExitStack() as stack:
+        files = {split: stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS}
+        backend = stack.enter_context(_plain(tokenizer))
+        pool = stack.enter_context(ThreadPoolExecutor(THREADS))
+        bar = tqdm(desc="tokenising", total=size_of(source), unit="B", unit_scale=True, leave=False)
+        stack.enter_context(bar)
+        pack = partial(_pack, backend, begin_id(tokenizer), dtype)
+        for batch, packed in _in_order(pool, pack, _batched((split_of(text), text) for text in texts)):
+            for (split, text), tokens in zip(batch, packed, strict=True):
+                files[split].write(tokens)
+                hashed.update(tokens)
+                counts["documents"][split] += 1
+                counts["tokens"][split] += len(tokens) // np.dtype(dtype).itemsize
+                counts["bytes"][split] += len(text.encode("utf-8", "replace"))
+            bar.update((skips.bytes or sum(counts["bytes"].values())) - bar.n)
     if not counts["documents"]["train"]:
         raise ValueError(f"no document to train on in {source!r}; skipped: {dict(skips.reasons) or 'none'}")
     facts |= {
         "name": source,
         "dtype": np.dtype(dtype).name,
-        "digest": digest.hexdigest(),
+        "digest": hashed.hexdigest(),
         **counts,
+        "copies": skips.copies,
         "skipped": dict(skips.reasons),
         "skipped_at": skips.places,
+        "seconds": round(time.perf_counter() - begun, 1),
     }
     (folder / "facts.json").write_text(json.dumps(facts, indent=1))
 
 
+def _pack(backend: Tokenizer, begin: int, dtype: type, batch: list[tuple[str, str]]) -> list[bytes]:
+    """The tokens of each text of a batch of (split, text), and the begin token, as bytes."""
+    encodings = backend.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
+    return [np.array([*encoding.ids, begin], dtype=dtype).tobytes() for encoding in encodings]
+
+
+def _in_order(pool: ThreadPoolExecutor, work: Callable, batches: Iterable[list]) -> Iterator[tuple[list, list]]:
+    """Each batch with what `work` makes of it, in order; no more than two for each thread are ever held."""
+    pending = deque()
+    for batch in batches:
+        pending.append((batch, pool.submit(work, batch)))
+        if len(pending) == 2 * THREADS:
+            batch, result = pending.popleft()
+            yield batch, result.result()
+    for batch, result in pending:
+        yield batch, result.result()
+
+
+def _batched(texts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    batch, size = [], 0
+    for split, text in texts:
+        batch.append((split, text))
+        size += len(text)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Token ids of plain text: a document that mentions "[MASK]" gets the letters, never the special token."""
+    with _plain(tokenizer) as backend:
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+@contextlib.contextmanager
+def _plain(tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokenizer]:
+    """The tokenizer's backend, for a time without special tokens in texts, truncation and padding."""
     backend = tokenizer.backend_tokenizer
-    before, backend.encode_special_tokens = backend.encode_special_tokens, True
+    special, truncation, padding = backend.encode_special_tokens, backend.truncation, backend.padding
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
     try:
-        return [encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False)]
+        yield backend
     finally:
-        backend.encode_special_tokens = before
+        backend.encode_special_tokens = special
+        if truncation:
+            backend.enable_truncation(**truncation)
+        if padding:
+            backend.enable_padding(**padding)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -343,24 +248,4 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     relevant = {key: state[key] for key in ("model", "normalizer", "pre_tokenizer")}
     relevant["words"] = [token["content"] for token in state["added_tokens"] if not token["special"]]
-    return _digest(json.dumps([relevant, begin_id(tokenizer)], sort_keys=True))
-
-
-def _identify(source: str, field: str) -> dict:
-    if source == "docstrings":
-        return {name: importlib.metadata.version(name).split("+")[0] for name in PACKAGES}
-    path = _locate(source)
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    stats = [(p.relative_to(path.parent).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    return {"field": field, "files": _digest(json.dumps(stats)), "name": path.name}
-
-
-def _batched(items: Iterable, size: int) -> Iterator[list]:
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+    return digest(json.dumps([relevant, begin_id(tokenizer)], sort_keys=True))

@@ -1,10 +1,8 @@
-"""Likelihoods and text quality, each with a definition and an error bar."""
+"""Likelihoods, each with a definition and an error bar."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .annealing import annealed_mask
@@ -60,6 +59,7 @@ def nelbo(
     seed: int = 0,
     batch_size: int = 32,
     precision: str = "auto",
+    progress: bool = False,
 ) -> Estimate:
     """The negative evidence lower bound per token of a masked-diffusion model: lower is better.
 
@@ -73,12 +73,13 @@ def nelbo(
         num_samples: masks drawn per block.
         batch_size: sequences in one forward pass.
         precision: of the matrix products; see `RunConfig.precision`.
+        progress: a bar on stderr, in batches.
     """
-    blocks = _stack(blocks)
+    blocks = stack(blocks)
     masked = _random_sets(default_maskable(blocks), num_samples, seeded(seed, 0, "nelbo"))
     tokens = blocks.repeat_interleave(num_samples, 0)
     noised = torch.where(masked, model.config.mask_token_id, tokens)
-    means = _token_means(model, tokens, noised, masked, None, model.config.shift, batch_size, precision)
+    means = _token_means(model, tokens, noised, masked, None, model.config.shift, batch_size, precision, progress)
     return _estimate(means.view(-1, num_samples).mean(1), tokenizer, blocks)
 
 
@@ -96,8 +97,8 @@ def _random_sets(maskable: Tensor, num_samples: int, draws: torch.Generator) -> 
 def continuation_nelbo(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    continuation: str,
+    prompt: str | list[int],
+    continuation: str | list[int],
     *,
     num_samples: int = 32,
     seed: int = 0,
@@ -109,19 +110,23 @@ def continuation_nelbo(
     As `nelbo`, with only the continuation ever masked: what multiple choice compares. Every draw masks at least
     one token, so none scores zero, which would favour short choices. Continuations of one length get the same masks.
 
+    Args:
+        prompt, continuation: texts, each tokenised by itself, or token ids.
+
     Raises:
         ValueError: an empty continuation.
     """
-    before, after = encode(tokenizer, [prompt, continuation])
+    before, after = (encode(tokenizer, [x])[0] if isinstance(x, str) else x for x in (prompt, continuation))
     if not after:
         raise ValueError(f"the continuation {continuation!r} has no token to score")
     tokens = torch.tensor([[begin_id(tokenizer), *before, *after]])
     maskable = torch.zeros_like(tokens, dtype=torch.bool)
     maskable[:, -len(after) :] = True
     masked = _random_sets(maskable, num_samples, seeded(seed, len(after), "continuation"))
-    tokens = tokens.repeat(num_samples, 1)
+    masked, which = masked.unique(dim=0, return_inverse=True)  # a short continuation has few sets: score each once
+    tokens = tokens.repeat(len(masked), 1)
     noised = torch.where(masked, model.config.mask_token_id, tokens)
-    means = _token_means(model, tokens, noised, masked, None, model.config.shift, batch_size, precision)
+    means = _token_means(model, tokens, noised, masked, None, model.config.shift, batch_size, precision)[which]
     totals = means * len(after)
     error = float(totals.std()) / math.sqrt(num_samples) if num_samples > 1 else math.nan
     return float(totals.mean()), error
@@ -135,20 +140,22 @@ def ar_nll(
     *,
     batch_size: int = 32,
     precision: str = "auto",
+    progress: bool = False,
 ) -> Estimate:
     """The negative log-likelihood per token of an autoregressive model, on the same tokens as `nelbo`."""
-    blocks = _stack(blocks)
+    blocks = stack(blocks)
     causal = annealed_mask(blocks.shape[1], 0.0, dtype=model.dtype, device=model.device)
-    means = _token_means(model, blocks, blocks, default_maskable(blocks), causal, True, batch_size, precision)
+    means = _token_means(model, blocks, blocks, default_maskable(blocks), causal, True, batch_size, precision, progress)
     return _estimate(means, tokenizer, blocks)
 
 
-def _token_means(model, tokens, noised, masked, attention_mask, shift, batch_size, precision) -> Tensor:
+def _token_means(model, tokens, noised, masked, attention_mask, shift, batch_size, precision, progress=False) -> Tensor:
     """The mean -log p over each sequence's masked tokens: `[N]` float64 on the CPU."""
     was_training = model.training
     model.eval()
     means = []
-    for piece in zip(tokens.split(batch_size), noised.split(batch_size), masked.split(batch_size), strict=True):
+    pieces = list(zip(tokens.split(batch_size), noised.split(batch_size), masked.split(batch_size), strict=True))
+    for piece in tqdm(pieces, "scoring", leave=False, disable=not progress):
         x0, xt, hidden = (part.to(model.device) for part in piece)
         with autocast(model.device, precision):
             ones = torch.ones(len(x0), device=model.device)
@@ -168,7 +175,7 @@ def _estimate(means: Tensor, tokenizer: PreTrainedTokenizerBase, blocks: Tensor)
     return Estimate(means.numpy(), blocks[:, 1:].numel(), num_bytes)
 
 
-def _stack(blocks: Sequence[Tensor] | Tensor) -> Tensor:
+def stack(blocks: Sequence[Tensor] | Tensor) -> Tensor:
     blocks = blocks if isinstance(blocks, Tensor) else torch.stack([blocks[i] for i in range(len(blocks))])
     return blocks.cpu()
 
@@ -177,33 +184,3 @@ def paired_difference(first: Estimate, second: Estimate) -> tuple[float, float]:
     """first - second on the same blocks, in nats per token, and its standard error."""
     difference = first.per_block - second.per_block
     return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference)))
-
-
-@dataclass(frozen=True)
-class TextQuality:
-    """How good generated text looks to a judge, never without how varied it is."""
-
-    perplexity: float  # of the text under an AR model; repetition makes it low, so read it with the next three
-    entropy: float  # of the samples' own unigram distribution, mean over samples, in nats
-    distinct_2: float  # distinct pairs of adjacent tokens / all pairs, mean over samples
-    repetition: float  # share of tokens that stand among the 16 before them, mean over samples
-
-
-def text_quality(judge: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Tensor) -> TextQuality:
-    """Perplexity under `judge`, an AR model with the same tokens, beside three measures of diversity.
-
-    Args:
-        tokens: `[N, L]` long, position 0 the begin token; samples, or real text to compare them with.
-    """
-    rows = tokens[:, 1:].tolist()
-    return TextQuality(
-        perplexity=ar_nll(judge, tokenizer, tokens).perplexity,
-        entropy=float(np.mean([_entropy(row) for row in rows])),
-        distinct_2=float(np.mean([len(set(itertools.pairwise(row))) / (len(row) - 1) for row in rows])),
-        repetition=float(np.mean([[t in row[max(0, i - 16) : i] for i, t in enumerate(row)] for row in rows])),
-    )
-
-
-def _entropy(row: list[int]) -> float:
-    shares = np.array(list(Counter(row).values())) / len(row)
-    return float(-(shares * np.log(shares)).sum())

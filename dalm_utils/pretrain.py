@@ -8,15 +8,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import tokenizers
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
-from .backbone import BASES, load_base, save_diffusion
+from .backbone import BASES, load_base, machine, save_diffusion
 from .checkpoint import History
 from .config import PROJECT, RunConfig, load_config
 from .corpus import CACHE, clean_documents, load_corpus, split_of
@@ -25,6 +33,7 @@ from .run import build
 from .training import train
 
 END = "<|endoftext|>"  # begins a block and separates documents, as in GPT-2
+PAD = "<pad>"  # OPT's embedding never learns its padding token, so it must be one that no text contains
 CONTEXT = 512
 SHAPES = {
     "6x256": dict(vocab=4096, n_layer=6, n_embd=256, n_head=4),
@@ -48,18 +57,20 @@ AR = RunConfig(
 )  # fmt: skip
 BEST = ("4x288-8k", 2e-3)
 HOUR_OF_STEPS = 4_500
+MATHEMATICS = dict(steps=2_500, warmup_steps=100, compile=False)
 LONG = dict(
     steps=8_000, warmup_steps=200, anneal_steps=1_000, eval_every=500, save_every=250, sample_every=0, compile=True
 )
 
 
-def train_tokenizer(vocab: int, folder: Path) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on the training split of the docstrings; made once and kept in `folder`."""
+def train_tokenizer(vocab: int, folder: Path, text: str, special: tuple[str, ...]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on the training split of a text; made once and kept in `folder`."""
     if not folder.exists():
         bpe = tokenizers.ByteLevelBPETokenizer()
-        texts = (text for text in clean_documents("docstrings") if split_of(text) == "train")
-        bpe.train_from_iterator(texts, vocab_size=vocab, special_tokens=[END], show_progress=False)
-        fast = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token=END, eos_token=END)
+        texts = (document for document in clean_documents(text) if split_of(document) == "train")
+        bpe.train_from_iterator(texts, vocab_size=vocab, special_tokens=list(special), show_progress=False)
+        ends = {"bos_token": END, "eos_token": END} | ({"pad_token": PAD} if PAD in special else {})
+        fast = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **ends)
         fast.model_max_length = CONTEXT
         fast.save_pretrained(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
@@ -73,10 +84,25 @@ def fresh_gpt2(shape: dict, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -
     return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=CONTEXT, **sizes, **ends))
 
 
-def make_gpt2(shape: str, config: RunConfig) -> History:
+def fresh_opt(shape: dict, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> OPTForCausalLM:
+    """An OPT of this shape with random weights, built as Galactica is: GELU, layer norm first."""
+    torch.manual_seed(seed)
+    config = OPTConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=CONTEXT, activation_function="gelu",
+        num_hidden_layers=shape["n_layer"], num_attention_heads=shape["n_head"], hidden_size=shape["n_embd"],
+        word_embed_proj_dim=shape["n_embd"], ffn_dim=4 * shape["n_embd"], bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return OPTForCausalLM(config)
+
+
+def make_base(shape: str, config: RunConfig, fresh: Callable[..., PreTrainedModel] = fresh_gpt2) -> History:
     """Train one AR base from nothing; returns its history."""
-    tokenizer = train_tokenizer(SHAPES[shape]["vocab"], CACHE / f"tokenizer-{SHAPES[shape]['vocab']}")
-    return train(fresh_gpt2(SHAPES[shape], tokenizer, config.seed), tokenizer, config)
+    special = (END,) if fresh is fresh_gpt2 else (END, PAD)
+    vocab = SHAPES[shape]["vocab"]
+    name = f"tokenizer-{vocab}" if config.text == "docstrings" else f"tokenizer-{config.text}-{vocab}"
+    tokenizer = train_tokenizer(vocab, CACHE / name, config.text, special)
+    return train(fresh(SHAPES[shape], tokenizer, config.seed), tokenizer, config)
 
 
 def try_shapes(results: Path) -> list[dict]:
@@ -86,7 +112,7 @@ def try_shapes(results: Path) -> list[dict]:
         config = AR.replace(
             name=f"trial-{shape}-{rate:g}", learning_rate=rate, steps=steps, eval_every=steps, save_every=steps
         )
-        last = make_gpt2(shape, config).records[-1]
+        last = make_base(shape, config).records[-1]
         figures = {key: last[key] for key in ("tokens", "seconds", "nll", "bits_per_byte")}
         rows.append({"shape": shape, "learning_rate": rate, "steps": steps, **figures})
         results.parent.mkdir(parents=True, exist_ok=True)
@@ -107,13 +133,13 @@ def ship(config: RunConfig, shape: str | None, **extra) -> Path:
     provenance = {
         "made_by": f"python -m dalm_utils.pretrain {config.name}",
         "architecture": {"class": type(model).__name__, "shape": shape, "parameters": model.num_parameters()},
-        "trained_on": "the training split of the docstring corpus; no other text",
+        "trained_on": f"the training split of the text {config.text!r}; no other text",
         "corpus": {
             key: corpus.facts[key] for key in ("fingerprint", "version", "source", "documents", "tokens", "bytes")
         },
         "tokens_seen": history.records[-1]["tokens"],
         "seconds": history.records[-1]["seconds"],
-        "machine": f"{os.cpu_count()} cores, {torch.cpu.get_capabilities()['cpu_name']}, torch {torch.__version__}",
+        "machine": machine(),
         "validation": {
             "measure": "NLL" if config.objective == "ar" else "NELBO",
             "nats_per_token": round(score.mean, 4),
@@ -136,8 +162,12 @@ def make(name: str, trials: bool) -> Path:
     if name == "tiny-gpt2":
         rows = try_shapes(AR.replace(name="trials").folder / "trials.json") if trials else []
         config = AR.replace(name=name, learning_rate=BEST[1], steps=HOUR_OF_STEPS)
-        make_gpt2(BEST[0], config)
+        make_base(BEST[0], config)
         return ship(config, BEST[0], tried=rows)
+    if name == "tiny-galactica":
+        config = AR.replace(name=name, text="mathematics", learning_rate=BEST[1], **MATHEMATICS)
+        make_base(BEST[0], config, fresh_opt)
+        return ship(config, BEST[0])
     config = load_config("gpt2", "laptop", name=name, **LONG)
     model, tokenizer = build(config)
     train(model, tokenizer, config)
@@ -146,7 +176,7 @@ def make(name: str, trials: bool) -> Path:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=("tiny-gpt2", "tiny-diffugpt"))
+    parser.add_argument("name", choices=("tiny-gpt2", "tiny-galactica", "tiny-diffugpt"))
     parser.add_argument("--trials", action="store_true", help="first compare the shapes in TRIALS, 150 seconds each")
     options = parser.parse_args()
     print("made", make(options.name, options.trials).relative_to(PROJECT))

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbone import DTYPES, autocast, begin_id, pick_precision
 from .corpus import encode
 from .objective import CHUNK_ELEMENTS, hidden_states, logits_of, seeded
 
-Parts = list[str | int]  # given texts, and gaps of so many tokens
+Parts = list[str | Tensor | int]  # given texts, given token ids `[n]`, and gaps of so many tokens
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def generate(
     seed: int = 0,
     return_history: bool = False,
     precision: str = "auto",
+    progress: bool = False,
 ) -> Samples:
     """Fill `length` masked positions after `prompt` and before `suffix`, or the gaps of `parts`.
 
@@ -85,6 +87,7 @@ def generate(
         prompt: text before the gap; a list is a batch, whose shorter sequences are padded, unseen by anyone.
         length: tokens to write.
         parts: in place of prompt, length and suffix, texts and gaps: ["x : ", 8, "Returns", 5]; or a list of such.
+            A tensor `[n]` of token ids stands for a text that is tokenised already.
         steps: denoising steps for all blocks together; by default as many as the longest sequence has gaps to fill.
         block_length: fill so many positions before any further to the right (semi-autoregressive); None: no blocks.
         temperature: divides the logits; 0 takes the most probable token.
@@ -92,6 +95,7 @@ def generate(
         repetition_penalty: above 1 makes tokens less likely that the sequence shows already (arXiv 1909.05858).
         stop_at_end: what lies right of a block with an end token is not computed, and the text ends there.
         num_samples: texts for each prompt; they stand together in the result.
+        progress: a bar on stderr, in tokens.
 
     Raises:
         ValueError: a value out of range, or more positions than the model has.
@@ -113,7 +117,8 @@ def generate(
     model.eval()
     history = []
 
-    with autocast(model.device, precision):  # around the loop: the weights are cast once
+    bar = tqdm(total=int(holes.sum()), desc="writing", unit="token", leave=False, disable=not progress)
+    with bar, autocast(model.device, precision):  # around the loop: the weights are cast once
         while holes.any():
             step, wanted = choose.candidates(holes)
             active = wanted.any(1).nonzero()[:, 0]  # sequences with nothing to reveal are left alone
@@ -131,6 +136,7 @@ def generate(
             tokens = draw(logits, temperature, top_p, top_k, draws)
             canvas[revealed.to(model.device), columns.to(model.device)] = tokens.to(model.device)
             holes[revealed, columns] = False
+            bar.update(len(tokens))
             history.append(Reveal(step, revealed.tolist(), columns.tolist(), tokens.tolist()))
             if end is not None:
                 _close_ended(canvas, holes, blocks, end)
@@ -267,7 +273,7 @@ def _rows(prompt, suffix, length, parts) -> list[Parts]:
         raise ValueError("give either parts, or prompt, length and suffix")
     rows = parts if parts and isinstance(parts[0], list) else [parts]
     for row in rows:
-        gaps = [part for part in row if not isinstance(part, str)]
+        gaps = [part for part in row if not isinstance(part, (str, Tensor))]
         if not gaps or not all(isinstance(gap, int) and gap > 0 for gap in gaps):
             raise ValueError(f"parts are texts and gap sizes, with at least one gap of at least one token; got {row!r}")
     return rows
@@ -276,13 +282,13 @@ def _rows(prompt, suffix, length, parts) -> list[Parts]:
 def _canvas(model, tokenizer, rows: list[Parts], block_length: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Three `[N, L]`: the tokens, [MASK] in the gaps; each gap position's block, else -1; what is not padding."""
     texts = {part for row in rows for part in row if isinstance(part, str)}
-    ids = dict(zip(texts, encode(tokenizer, list(texts)), strict=True)) if texts else {}
+    encoded = dict(zip(texts, encode(tokenizer, list(texts)), strict=True)) if texts else {}
+    rows = [[encoded[part] if isinstance(part, str) else part for part in row] for row in rows]
+    rows = [[part.tolist() if isinstance(part, Tensor) else part for part in row] for row in rows]
     begin, mask = begin_id(tokenizer), model.config.mask_token_id
-    tokens = [
-        [begin] + [t for part in row for t in (ids[part] if isinstance(part, str) else [mask] * part)] for row in rows
-    ]
+    tokens = [[begin] + [t for part in row for t in ([mask] * part if isinstance(part, int) else part)] for row in rows]
     gaps = [
-        [False] + [g for part in row for g in ([False] * len(ids[part]) if isinstance(part, str) else [True] * part)]
+        [False] + [g for part in row for g in ([True] * part if isinstance(part, int) else [False] * len(part))]
         for row in rows
     ]
     longest = max(map(len, tokens))

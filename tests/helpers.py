@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from dalm_utils import as_diffusion
@@ -29,10 +36,17 @@ TEXTS = [
         ("int", "tuple"),
     )
 ]
-FAMILIES = ("gpt2", "opt", "llama")
+FAMILIES = ("gpt2", "opt", "llama", "qwen2", "qwen3", "gpt_neox")
 
 
-def tiny_model(family: str = "gpt2", vocab: int = 61, attention: str = "sdpa", tied: bool = True, seed: int = 0):
+def tiny_model(
+    family: str = "gpt2",
+    vocab: int = 61,
+    attention: str = "sdpa",
+    tied: bool = True,
+    seed: int = 0,
+    padding: int | None = None,
+):
     """A random two-layer model in float32, with weights large enough that every token matters."""
     torch.manual_seed(seed)
     shared = dict(
@@ -40,22 +54,24 @@ def tiny_model(family: str = "gpt2", vocab: int = 61, attention: str = "sdpa", t
         tie_word_embeddings=tied,
         bos_token_id=0,
         eos_token_id=0,
-        pad_token_id=0,
-        initializer_range=0.3,
+        pad_token_id=padding,
+        max_position_embeddings=64,
     )
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
     if family == "gpt2":
-        config = GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=64, **shared)
-        config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
         kind = GPT2LMHeadModel
+        config = GPT2Config(**shared, **sizes, initializer_range=0.3, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
     elif family == "opt":
-        sizes = dict(num_hidden_layers=2, num_attention_heads=2, hidden_size=16, ffn_dim=32, word_embed_proj_dim=16)
-        shared["init_std"] = shared.pop("initializer_range")
-        config = OPTConfig(max_position_embeddings=64, dropout=0.0, **sizes, **shared)
         kind = OPTForCausalLM
+        config = OPTConfig(**shared, **sizes, init_std=0.3, ffn_dim=32, word_embed_proj_dim=16, dropout=0)
     else:
-        sizes = dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, hidden_size=16)
-        config = LlamaConfig(max_position_embeddings=64, intermediate_size=32, **sizes, **shared)
-        kind = LlamaForCausalLM
+        config_kind, kind, more = {
+            "llama": (LlamaConfig, LlamaForCausalLM, dict(num_key_value_heads=1)),
+            "qwen2": (Qwen2Config, Qwen2ForCausalLM, dict(num_key_value_heads=1)),
+            "qwen3": (Qwen3Config, Qwen3ForCausalLM, dict(num_key_value_heads=1, head_dim=8)),
+            "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM, {}),
+        }[family]
+        config = config_kind(**shared, **sizes, initializer_range=0.3, intermediate_size=32, **more)
     config._attn_implementation = attention
     return kind(config).eval()
 
@@ -65,6 +81,48 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(TEXTS, vocab_size=320, special_tokens=[END], show_progress=False)
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token=END, eos_token=END)
+
+
+def write_gguf(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path) -> None:
+    """Write a Llama and its tokenizer as llama.cpp's converter does, unquantised."""
+    import gguf
+
+    config, writer = model.config, gguf.GGUFWriter(path, "llama")
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads["q_proj"])
+    writer.add_head_count_kv(heads["k_proj"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+
+    vocab = tokenizer.get_vocab()
+    tokens = sorted(vocab, key=vocab.get)
+    kinds = [gguf.TokenType.CONTROL if token == END else gguf.TokenType.NORMAL for token in tokens]
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        for part, count in heads.items():
+            if part in name:  # llama.cpp pairs neighbouring dimensions in its rotary embedding, transformers halves
+                weight = weight.reshape(count, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), weight.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def tiny_diffusion(family: str = "gpt2", shift: bool = True, **options):

@@ -1,57 +1,24 @@
-import json
+import hashlib
+import os
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from dalm_utils import corpus
-from dalm_utils.corpus import Blocks, Skips, documents, drop_near_copies, encode, load_corpus, split_of
+from dalm_utils.backbone import BASES
+from dalm_utils.corpus import Blocks, encode, load_corpus
 from tests.helpers import TEXTS, tiny_diffusion, tiny_tokenizer
+from tests.test_documents import write_lines
+
+MANY = [{"text": f"{text} {'xy' * n}"} for n, text in enumerate(TEXTS * 9)]
 
 
-def write_lines(path, lines):
-    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines))
-    return str(path)
-
-
-def test_json_lines_with_every_kind_of_damage_are_counted_and_placed(tmp_path):
-    source = write_lines(
-        tmp_path / "papers.jsonl",
-        [{"article": "one"}, b"{broken", {"other": "x"}, {"article": 5}, {"article": "  "},
-         b'{"article": "\xff\xfe"}', b"", [1], {"article": "two"}],
-    )  # fmt: skip
-    skips = Skips()
-    assert list(documents(source, "article", skips)) == ["one", "two"]
-    assert skips.reasons == {
-        "not JSON": 1, "no field 'article'": 2, "field 'article' is not a string": 1, "empty document": 2,
-        "not UTF-8": 1,
-    }  # fmt: skip
-    assert skips.places[0] == "papers.jsonl:2: not JSON"
-
-
-def test_past_the_limit_it_is_an_error_that_names_the_places(tmp_path):
-    source = write_lines(tmp_path / "bad.jsonl", [b"{"] * 10)
-    with pytest.raises(ValueError, match=r"4 of 4 documents cannot be read.*bad\.jsonl:1: not JSON"):
-        list(documents(source, skips=Skips(limit=3)))
-
-
-def test_the_limit_is_a_share_of_what_was_read(monkeypatch):
-    skips = Skips(limit=2, read=1000)
-    for n in range(10):
-        skips.add(f"line {n}", "not JSON")  # 1% of a thousand
-    with pytest.raises(ValueError, match="11 of 1000"):
-        skips.add("line 10", "not JSON")
-
-
-def test_one_giant_line_is_passed_over_without_being_held(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "LONGEST_LINE", 100)
-    lines = [{"text": "before"}, {"text": "x" * 1000}, {"text": "y" * 87}, {"text": "after"}]
-    source = write_lines(tmp_path / "t.jsonl", lines)
-    assert len(json.dumps(lines[2])) + 1 == 100  # with its line end just short enough
-    skips = Skips()
-    assert list(documents(source, skips=skips)) == ["before", "y" * 87, "after"]
-    assert skips.places == ["t.jsonl:2: longer than 0 MiB"]
-    read = list(corpus._numbered_lines(tmp_path / "t.jsonl"))
-    assert [place for place, _ in read] == [f"t.jsonl:{n}" for n in (1, 2, 3, 4)] and len(read[1][1]) == 101
+def visible(folder):
+    return [path.name for path in folder.iterdir() if not path.name.startswith(".")]
 
 
 def test_an_empty_file_and_a_text_too_short_are_named(tmp_path):
@@ -63,47 +30,6 @@ def test_an_empty_file_and_a_text_too_short_are_named(tmp_path):
         short.blocks("train", 512)
     with pytest.raises(ValueError, match=r"the validation split .* has 0 tokens \(it gets 2% of the documents\)"):
         short.blocks("validation", 8)
-
-
-def test_a_folder_of_text_files(tmp_path):
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "a.txt").write_text("alpha")
-    (tmp_path / "deep" / "b.md").write_text("beta\n")
-    (tmp_path / "c.txt").write_bytes(b"\xff\xff")
-    (tmp_path / "d.txt").write_text("")
-    (tmp_path / "ignored.png").write_bytes(b"x")
-    skips = Skips()
-    assert list(documents(str(tmp_path), skips=skips)) == ["alpha", "beta"]
-    assert skips.places == ["c.txt: not UTF-8", "d.txt: empty document"]
-
-
-@pytest.mark.parametrize(
-    "name, message", [("nowhere.jsonl", "no text at"), ("x.csv", "neither"), ("empty", "has no .txt")]
-)
-def test_sources_that_are_none(tmp_path, name, message):
-    (tmp_path / "x.csv").write_text("a,b")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        list(documents(str(tmp_path / name)))
-
-
-def test_copies_and_near_copies_fall_and_what_is_contained_in_another():
-    words = [f"{a}{b}" for a in "abcdefghij" for b in "klmnopqrst"]
-    original = " ".join(words)
-    near = " ".join([*words[:95], "changed", *words[96:]])
-    inside = " ".join(words[20:60])
-    different = " ".join(reversed(words))
-    kept = drop_near_copies([inside, original, near, original.upper(), different])
-    assert len(kept) == 2 and different in kept
-    assert sorted(kept) == sorted(drop_near_copies([different, near, original, inside]))
-
-
-def test_a_split_depends_on_the_words_alone():
-    assert all(
-        split_of(text) == split_of(text.upper().replace(" ", "\n   ")) == split_of(f"{text} 42") for text in TEXTS
-    )
-    shares = np.unique([split_of(f"document {'abc' * n}") for n in range(4000)], return_counts=True)
-    assert dict(zip(*shares, strict=True))["train"] == pytest.approx(0.96 * 4000, rel=0.02)
 
 
 def test_blocks_begin_with_the_begin_token_and_lose_no_token_between_them():
@@ -125,14 +51,57 @@ def test_special_tokens_in_a_text_are_only_letters():
     assert tokenizer.decode(ids) == "a [MASK] and <|endoftext|>"
 
 
+def test_padding_and_truncation_of_a_tokenizer_do_not_reach_a_text():
+    tokenizer = tiny_tokenizer()
+    plain = encode(tokenizer, TEXTS[:2])
+    tokenizer.pad_token = tokenizer.eos_token
+    limits = dict(padding="max_length", truncation=True, max_length=5)
+    assert [len(ids) for ids in tokenizer(TEXTS[:2], **limits).input_ids] == [5, 5]
+    before = tokenizer.backend_tokenizer.padding, tokenizer.backend_tokenizer.truncation
+    assert None not in before and encode(tokenizer, TEXTS[:2]) == plain
+    assert (tokenizer.backend_tokenizer.padding, tokenizer.backend_tokenizer.truncation) == before
+
+
+def test_text_full_of_latex_keeps_every_byte(tmp_path):
+    formula = r"$\mathcal{L}_{\theta}=\int_0^{\infty}\!\frac{\partial^2 u}{\partial x^2}\,{\rm d}x$ @xmath0 , @xcite ."
+    texts = [f"{formula}\n\n\t\\begin{{align}} a_{{{n}}} &= b^{{{n}}} \\\\ \\end{{align}}  ~é ∑ 𝔽" for n in range(60)]
+    tokenizer = AutoTokenizer.from_pretrained(BASES / "tiny-gpt2")
+    made = load_corpus(write_lines(tmp_path / "t.jsonl", [{"article": t} for t in texts]), tokenizer, cache=tmp_path)
+    assert made.facts["documents"]["train"] == 60 and made.facts["copies"] == 0  # all of the same few words
+    tokens = made.blocks("train", 2).tokens
+    pieces = np.split(tokens, np.flatnonzero(tokens == tokenizer.bos_token_id) + 1)[:-1]
+    assert [tokenizer.decode(piece[:-1], clean_up_tokenization_spaces=False) for piece in pieces] == texts
+
+
+def test_the_tokens_are_those_of_one_text_after_another_whatever_the_threads(tmp_path, monkeypatch):
+    source, digests = write_lines(tmp_path / "t.jsonl", MANY), set()
+    for threads, characters in ((1, 2**18), (1, 100), (5, 300), (5, 2**18)):
+        monkeypatch.setattr(corpus, "THREADS", threads)
+        monkeypatch.setattr(corpus, "BATCH", characters)
+        made = load_corpus(source, tiny_tokenizer(), cache=tmp_path / f"cache{threads}-{characters}")
+        digests.add(made.facts["digest"])
+    serial = hashlib.blake2b(digest_size=8)
+    for line in MANY:
+        (ids,) = encode(tiny_tokenizer(), [line["text"].strip()])
+        serial.update(np.array([*ids, made.begin], dtype=np.uint16).tobytes())
+    assert digests == {serial.hexdigest()}
+
+
+def test_batches_are_read_no_faster_than_they_are_used():
+    read = []
+    with corpus.ThreadPoolExecutor(2) as pool:
+        batches = (read.append(n) or [n] for n in range(100))
+        for used, (batch, result) in enumerate(corpus._in_order(pool, lambda batch: [batch[0] ** 2], batches)):
+            assert batch == [used] and result == [used**2] and len(read) <= used + 2 * corpus.THREADS
+    assert len(read) == 100
+
+
 def test_a_corpus_is_made_once_whole_and_found_again(tmp_path, monkeypatch):
-    source = write_lines(
-        tmp_path / "t.jsonl", [{"text": f"{text} {'xy' * n}"} for n, text in enumerate(TEXTS * 9)] + [b"{"]
-    )
+    source = write_lines(tmp_path / "t.jsonl", [*MANY, b"{", MANY[0]])
     tokenizer = tiny_tokenizer()
     made = load_corpus(source, tokenizer, cache=tmp_path / "cache")
-    assert made.facts["skipped"] == {"not JSON": 1} and sum(made.facts["documents"].values()) == len(TEXTS) * 9
-    assert [p.name for p in (tmp_path / "cache").iterdir()] == [made.folder.name]
+    assert made.facts["skipped"] == {"not JSON": 1} and sum(made.facts["documents"].values()) == len(MANY)
+    assert made.facts["copies"] == 1 and visible(tmp_path / "cache") == [made.folder.name]
     ids = made.blocks("train", 32).tokens
     assert (
         len(ids) == made.facts["tokens"]["train"]
@@ -155,18 +124,65 @@ def test_a_corpus_is_made_once_whole_and_found_again(tmp_path, monkeypatch):
     assert load_corpus(source, tokenizer, cache=tmp_path / "cache").folder != made.folder
 
 
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: os.truncate(file, 100)])
+def test_a_text_that_lost_tokens_is_made_again(tmp_path, damage):
+    source = write_lines(tmp_path / "t.jsonl", MANY)
+    made = load_corpus(source, tiny_tokenizer(), cache=tmp_path / "cache")
+    before = (made.folder / "train.bin").read_bytes()
+    damage(made.folder / "train.bin")
+    again = load_corpus(source, tiny_tokenizer(), cache=tmp_path / "cache")
+    assert (again.folder / "train.bin").read_bytes() == before and again.facts["digest"] == made.facts["digest"]
+
+
 def test_a_failed_build_leaves_nothing(tmp_path):
     source = write_lines(tmp_path / "none.jsonl", [b"{"] * 5)
     with pytest.raises(ValueError, match="no document to train on"):
         load_corpus(source, tiny_tokenizer(), cache=tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert visible(tmp_path / "cache") == []
 
 
-def test_docstrings_are_many_and_no_two_alike():
-    """The real corpus, from the packages installed here."""
-    texts = corpus.clean_documents("docstrings")
-    assert len(texts) >= 18_261 and sum(map(len, texts)) >= 17_000_000
-    assert len(set(map(corpus.normalise, texts))) == len(texts)
-    held_out = {split: {corpus.normalise(t) for t in texts if split_of(t) == split} for split in corpus.SPLITS}
-    assert not held_out["train"] & held_out["test"] and not held_out["train"] & held_out["validation"]
-    assert any("Parameters\n----------" in text for text in texts)
+@pytest.fixture
+def slow(tmp_path):
+    """Starts a process that prepares a text, slowly, and waits until it is in the middle of it."""
+    source, begun = write_lines(tmp_path / "t.jsonl", MANY), []
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+
+    def start(cache, pause):
+        code = (
+            "import sys, time; from dalm_utils import corpus; from transformers import AutoTokenizer\n"
+            "pack, corpus.BATCH, corpus.THREADS = corpus._pack, 500, 1\n"
+            f"corpus._pack = lambda *given: time.sleep({pause}) or pack(*given)\n"
+            "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+            "corpus.load_corpus(sys.argv[2], tokenizer, cache=sys.argv[3])"
+        )
+        command = [sys.executable, "-c", code, str(tmp_path / "tokenizer"), source, str(cache)]
+        begun.append(subprocess.Popen(command, stderr=subprocess.PIPE))
+        while not list(cache.glob("*.unfinished/train.bin")):
+            assert begun[-1].poll() is None, begun[-1].stderr.read().decode()
+            time.sleep(0.05)
+        return source, begun[-1]
+
+    yield start
+    for process in begun:
+        process.kill()
+        process.communicate()
+
+
+def test_a_killed_preparation_begins_again_cleanly(tmp_path, slow):
+    source, process = slow(tmp_path / "cache", pause=0.5)
+    process.kill()
+    process.wait()
+    (left,) = visible(tmp_path / "cache")
+    assert left.endswith(".unfinished")
+    made = load_corpus(source, tiny_tokenizer(), cache=tmp_path / "cache")
+    assert visible(tmp_path / "cache") == [made.folder.name]
+    undisturbed = load_corpus(source, tiny_tokenizer(), cache=tmp_path / "other")
+    assert made.facts["digest"] == undisturbed.facts["digest"]
+
+
+def test_a_second_process_waits_for_the_first_and_takes_what_it_made(tmp_path, slow, monkeypatch, capsys):
+    source, process = slow(tmp_path / "cache", pause=0.01)
+    monkeypatch.setattr(corpus, "_write", None)
+    made = load_corpus(source, tiny_tokenizer(), cache=tmp_path / "cache")
+    assert process.wait() == 0 and sum(made.facts["documents"].values()) == len(MANY)
+    assert "another process is preparing" in capsys.readouterr().err

@@ -5,9 +5,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from dalm_utils import load_corpus, nelbo, save_diffusion
 from dalm_utils.__main__ import main
 from dalm_utils.checkpoint import RunFolder
-from tests.helpers import TEXTS, tiny_config, tiny_model, tiny_tokenizer
+from dalm_utils.quality import infilling
+from tests.helpers import TEXTS, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -40,8 +42,52 @@ def test_train_evaluate_and_sample(workplace, capsys):
     assert "NELBO on 2 test blocks" in capsys.readouterr().out
     assert main(["evaluate", str(workplace / "base"), "--text", str(workplace / "texts"), "--length", "16"]) == 0
     assert "AR NLL" in capsys.readouterr().out
-    assert main(["sample", best, "--prompt", "Return", "--length", "5", "--steps", "5", "--num", "2"]) == 0
-    assert capsys.readouterr().out.count("Return") == 2
+    sample = ["sample", best, "--prompt", "Return", "--length", "5", "--steps", "5", "--num", "2"]
+    assert main(sample) == 0
+    texts = capsys.readouterr().out
+    assert texts.count("Return") == 2
+    assert main([*sample, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert "\n\n---\n\n".join(record["texts"]) == texts.removesuffix("\n") and 1 <= record["forward_passes"] <= 5
+
+
+def table_of(shown):
+    """The figures of a printed table, and their standard errors, under the names that the JSON object gives them."""
+    figures = {}
+    for name, value, _, error in re.findall(r"^ +(\w+)  (\S+)( \+- (\S+))?$", shown, re.MULTILINE):
+        figures |= {name: value} | ({f"{name}_stderr": error} if error else {})
+    return figures
+
+
+def test_evaluate_as_a_table_and_as_json(workplace, capsys):
+    best, base, words = str(workplace / "best"), str(workplace / "base"), str(workplace / "texts")
+    model, tokenizer = tiny_diffusion()
+    save_diffusion(model, tokenizer, best)
+    options = ["--text", words, "--length", "16", "--split", "validation", "--infill", "4"]
+    asked = ["evaluate", best, *options, "--blocks", "1", "--quality", "2", "--judge", base]
+    told = []
+    for form in ([], ["--json"]):
+        assert main([*asked, *form]) == 0
+        told.append(capsys.readouterr())
+        assert all(word in told[-1].err for word in ("scoring", "infilling", "writing"))  # the progress bars
+    table, record = table_of(told[0].out), json.loads(told[1].out)
+    assert set(table) == set(record) - {"model", "text", "split", "length", "blocks", "likelihood"}
+    for name, shown in table.items():
+        value = record[name]
+        assert shown == ("undefined" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value))
+    blocks = load_corpus(words, tokenizer).blocks("validation", 16, 1)
+    assert record["nats_per_token"] == nelbo(model, tokenizer, blocks).mean and record["likelihood"] == "NELBO"
+    assert record["nats_per_token_stderr"] is None and record["blocks"] == 1  # a single block has no spread
+    assert record["infill_token_match"] == infilling(model, tokenizer, blocks, gap=4).mean["token_match"]
+    assert record["judge"] == base and record["written_perplexity"] > 1
+
+    assert main(["evaluate", base, *options, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["likelihood"] == "AR NLL" and record["nats_per_token_stderr"] > 0
+    assert main(["evaluate", base, *options, "--quality"]) == 1
+    assert "is an AR model" in capsys.readouterr().err
+    assert main(["evaluate", best, *options, "--quality", "--judge", "tiny-gpt2"]) == 1
+    assert "an AR model with the same tokenizer" in capsys.readouterr().err
 
 
 def test_status_shows_where_a_run_stands(workplace, capsys, monkeypatch):
@@ -64,12 +110,29 @@ def test_status_shows_where_a_run_stands(workplace, capsys, monkeypatch):
     assert "no run 'nothing'" in capsys.readouterr().err
 
 
-def test_data_says_what_is_in_a_text(workplace, capsys):
-    lines = workplace / "papers.jsonl"
-    lines.write_text("\n".join(json.dumps({"article": f"{text} {'z' * n}"}) for n, text in enumerate(TEXTS * 5)))
-    assert main(["data", str(lines), "--field", "article", "--tokenizer", str(workplace / "base")]) == 0
+def test_data_says_what_is_in_a_text_and_what_was_left_out(workplace, capsys):
+    records = [{"article": f"{text} {'z' * n}"} for n, text in enumerate(TEXTS * 5)]
+    lines = [*map(json.dumps, records), json.dumps(records[3]), "{", '{"title": "x"}']
+    path = workplace / "arxiv_train-1.jsonl"
+    path.write_text("\n".join(lines))
+    asked = ["data", str(path), "--tokenizer", str(workplace / "base")]
+    assert main(asked) == 0
+    told = capsys.readouterr()
+    assert re.search(r"tokenising: .*B/s", told.err)
+    splits = re.findall(r"^(train|validation|test) +(\d+) +([\d,]+) +0\.\d$", told.out, re.MULTILINE)
+    assert len(splits) == 3 and sum(int(documents) for _, documents, _ in splits) == len(records)
+    assert "copies dropped: 1; skipped: 1 not JSON, 1 no field 'text'" in told.out
+    assert f"arxiv_train-1.jsonl:{len(lines) - 1}: not JSON" in told.out
+    assert f"DALM_TEXT={path} DALM_FIELD=text" in told.out
+    assert main([*asked, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert sum(facts["documents"].values()) == len(TEXTS) * 5
+    assert [f"{facts['tokens'][split]:,}" for split, _, _ in splits] == [tokens for _, _, tokens in splits]
+
+
+def test_data_smollm2_fetches_a_model_and_names_the_file(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("dalm_utils.backbone.fetch_smollm2", lambda: tmp_path / "small.gguf")
+    assert main(["data", "smollm2"]) == 0
+    assert "small.gguf; DALM_PROFILE=real uses it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -77,9 +140,11 @@ def test_data_says_what_is_in_a_text(workplace, capsys):
     [
         (["train", "gpt2", "stepz=3"], "did you mean 'steps'"),
         (["train", "gpt2", "steps"], "not of the form field=value"),
-        (["train", "gpt2", "--profile", "desktop"], "choose one of laptop, full"),
+        (["train", "gpt2", "--profile", "desktop"], "choose one of laptop, real, full"),
         (["sample", "nowhere"], "no model 'nowhere'"),
         (["data", "nowhere.jsonl"], "no text at"),
+        (["data", "arxiv:99"], "1 to 15 shards, not '99'"),
+        (["data", "docstrings", "--hub", "modelscope"], "'docstrings' does not come from a hub"),
     ],
 )
 def test_mistakes_get_one_line_and_no_traceback(workplace, capsys, arguments, message):

@@ -200,6 +200,15 @@ def test_several_gaps_are_filled_and_what_is_given_stays(diffusion, order):
     assert sum(len(reveal.tokens) for reveal in samples.history) == 2 * (3 + 4 + 2)
 
 
+def test_token_ids_stand_for_the_text_they_spell(diffusion):
+    model, tokenizer = diffusion
+    prompt, suffix = (torch.tensor(ids) for ids in encode(tokenizer, ["Return the sum", "of an array."]))
+    by_ids = generate(model, tokenizer, parts=[[prompt, 5, suffix], [prompt[:0], 5]])
+    assert torch.equal(
+        by_ids.tokens, generate(model, tokenizer, parts=[["Return the sum", 5, "of an array."], [5]]).tokens
+    )
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_in_a_batch_of_prompts_changes_nothing(family):
     """What is written for each prompt of a batch is what is written for it alone."""

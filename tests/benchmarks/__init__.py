@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
 
-import torch
+from dalm_utils import backbone
 
 
 def options(description: str, **numbers: int) -> argparse.Namespace:
@@ -27,14 +26,8 @@ def options(description: str, **numbers: int) -> argparse.Namespace:
 
 
 def machine() -> str:
-    """What this run is measured on."""
-    capabilities = torch.cpu.get_capabilities()
-    bf16 = ", ".join(name for name in ("avx512_bf16", "amx_bf16") if capabilities.get(name)) or "no bf16 instructions"
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return (
-        f"{datetime.date.today()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, "
-        f"{capabilities['cpu_name']} ({bf16}){gpu}, torch {torch.__version__}"
-    )
+    """When and on what this run is measured."""
+    return f"{datetime.date.today()}, {backbone.machine()}"
 
 
 def in_turns(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:

@@ -1,0 +1,335 @@
+"""Sources in, documents out: read, count what cannot be read, drop copies, split."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from . import arxiv
+from .config import PROJECT
+
+PACKAGES = {  # what is installed anyway, and whose docstrings are a text that nobody has to download
+    "docstrings": (
+        "numpy", "networkx", "sympy", "matplotlib", "torch", "pandas", "transformers", "accelerate", "datasets",
+    ),
+    "mathematics": ("sympy", "networkx", "numpy"),
+}  # fmt: skip
+TEXT_FILES = (".txt", ".md", ".rst", ".tex")
+MIN_CHARACTERS = 200  # a shorter docstring says too little to learn from
+MIN_WORDS = 50  # fewer do not tell documents apart: formulas differ by signs and digits, and count as they stand
+HELD_OUT = {"validation": 2, "test": 2}  # percent of the documents
+SPLITS = ("train", "validation", "test")
+SKIP_LIMIT = 100  # unreadable lines or files that are passed over, or this share of all, before it is an error
+SKIP_SHARE = 0.01
+LONGEST_LINE = 4 * 2**20  # bytes; a longer line is no document but a damaged file (tokenising takes 130 times as many)
+RULES = 2  # of reading files and hubs: raise it when other documents, or others of them, come out
+
+
+# -------------------------------------------------------------------------------------------------- read
+@dataclass
+class Skips:
+    """What was read and what could not be: counted, the first places remembered, and an error past the limit.
+
+    The limit is `limit` documents or `SKIP_SHARE` of those read so far, whichever is more.
+    """
+
+    limit: int = SKIP_LIMIT
+    read: int = 0
+    bytes: int = 0  # read so far, of files
+    copies: int = 0  # documents dropped because another says the same
+    reasons: Counter = dataclass_field(default_factory=Counter)
+    places: list[str] = dataclass_field(default_factory=list)
+
+    def add(self, place: str, reason: str) -> None:
+        self.reasons[reason] += 1
+        self.places = [*self.places, f"{place}: {reason}"][:10]
+        if self.reasons.total() > max(self.limit, SKIP_SHARE * self.read):
+            raise ValueError(
+                f"{self.reasons.total()} of {self.read} documents cannot be read: {dict(self.reasons)}. The first: "
+                + "; ".join(self.places)
+            )
+
+
+def documents(source: str, field: str = "text", skips: Skips | None = None) -> Iterator[str]:
+    """The documents of a source, one string each, in a fixed order.
+
+    Args:
+        source: "docstrings" or "mathematics" (see `PACKAGES`); "arxiv", or "arxiv:2" for two of its shards (see
+            `arxiv.ArxivSet`); a .jsonl file with one object a line; a .parquet file, or a folder of them; or a
+            folder of .txt, .md, .rst and .tex files.
+        field: the field of a JSON line or parquet row that holds the text: a string, or a list of strings, which
+            become lines. Where a record has no "text", its "article" is taken; the arXiv set knows its own field.
+        skips: collects what was passed over (a line that is not JSON, a missing field, an empty document,
+            bytes that are not UTF-8, a line of more than `LONGEST_LINE` bytes).
+
+    Raises:
+        FileNotFoundError, ConnectionError, ValueError: no such source, or nothing in it that can be read.
+    """
+    skips = Skips() if skips is None else skips
+    if source in PACKAGES:
+        yield from docstrings(PACKAGES[source])
+        return
+    records, parse = _open(source, field)
+    for place, size, raw in records:
+        skips.read += 1
+        skips.bytes += size
+        try:
+            yield parse(raw)
+        except ValueError as error:
+            skips.add(place, str(error))
+
+
+def _open(source: str, field: str) -> tuple[Iterator[tuple[str, int, object]], Callable[[object], str]]:
+    """Its records as (place, bytes, raw), and what makes a text of a raw one."""
+    wanted = arxiv.ArxivSet.parse(source)
+    if wanted:
+        return _arxiv_rows(wanted), partial(_text_of, field=arxiv.FIELD)
+    path = _locate(source)
+    files = _files(path)
+    if files[0].suffix == ".parquet":
+        return _rows_on_disk(files, field), partial(_text_of, field=field)
+    if path.is_file():
+        return _numbered_lines(path), partial(_parse_json_line, field=field)
+    return ((file.relative_to(path).as_posix(), file.stat().st_size, file.read_bytes()) for file in files), _parse_text
+
+
+def _locate(source: str) -> Path:
+    path = next((p for p in (Path(source), PROJECT / source) if p.exists()), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"no text at {source!r}: give {', '.join(map(repr, PACKAGES))}, 'arxiv', a .jsonl or .parquet file, or a "
+            "folder of text or .parquet files"
+        )
+    return path
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of a source on disk, all of one kind, in order."""
+    if path.is_file():
+        if path.suffix not in (".jsonl", ".json", ".parquet"):
+            raise ValueError(f"{str(path)!r} is neither a .jsonl or .parquet file nor a folder")
+        return [path]
+    for suffixes in ((".parquet",), TEXT_FILES):
+        files = sorted(file for file in path.rglob("*") if file.suffix in suffixes)
+        if files:
+            return files
+    raise ValueError(f"the folder {str(path)!r} has no .txt, .md, .rst, .tex or .parquet file")
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[str, int, bytes]]:
+    """Each line with its place and size; of one that is too long no more than `LONGEST_LINE` + 1 bytes are held."""
+    with path.open("rb") as file:
+        for number in itertools.count(1):
+            line = rest = file.readline(LONGEST_LINE + 1)
+            if not line:
+                return
+            size = len(line)
+            while len(line) > LONGEST_LINE and rest and not rest.endswith(b"\n"):
+                rest = file.readline(LONGEST_LINE)
+                size += len(rest)
+            yield f"{path.name}:{number}", size, line
+
+
+def _rows_on_disk(files: list[Path], field: str) -> Iterator[tuple[str, int, dict]]:
+    for file in files:
+        try:
+            yield from _parquet_rows(str(file), field)
+        except Exception as error:  # of pyarrow or datasets
+            raise ValueError(f"{str(file)!r} cannot be read as parquet: {error}") from error
+
+
+def _arxiv_rows(wanted: arxiv.ArxivSet) -> Iterator[tuple[str, int, dict]]:
+    try:
+        for file in wanted.files():
+            yield from _parquet_rows(file, arxiv.FIELD)
+    except Exception as error:  # each hub client has errors of its own; all of them mean "not from here"
+        raise wanted.unreachable(error) from error
+
+
+def _parquet_rows(file: str, field: str) -> Iterator[tuple[str, int, dict]]:
+    """The rows of one parquet file, a path or an address, read a piece at a time."""
+    from datasets import load_dataset  # takes seconds to import
+
+    rows = load_dataset("parquet", data_files=file, split="train", streaming=True)
+    for number, row in enumerate(rows, 1):
+        yield f"{file.rpartition('/')[2]}:{number}", len(row.get(field) or ""), row
+
+
+def _parse_text(raw: bytes) -> str:
+    if len(raw) > LONGEST_LINE:
+        raise ValueError(f"longer than {LONGEST_LINE // 2**20} MiB (cut it into documents)")
+    try:
+        text = raw.decode("utf-8").strip()
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    if not text:
+        raise ValueError("empty document")
+    return text
+
+
+def _parse_json_line(raw: bytes, field: str) -> str:
+    try:
+        record = json.loads(_parse_text(raw))
+    except (json.JSONDecodeError, RecursionError):
+        raise ValueError("not JSON") from None
+    return _text_of(record, field)
+
+
+def _text_of(record: object, field: str) -> str:
+    if isinstance(record, dict) and field == "text" and field not in record and arxiv.FIELD in record:
+        field = arxiv.FIELD
+    if not isinstance(record, dict) or field not in record:
+        raise ValueError(f"no field {field!r}")
+    text = record[field]
+    if isinstance(text, list) and all(isinstance(line, str) for line in text):
+        text = "\n".join(text)
+    if not isinstance(text, str):
+        raise ValueError(f"field {field!r} is not a string")
+    return _parse_text(text.encode("utf-8", "replace"))
+
+
+def docstrings(packages: Iterable[str]) -> Iterator[str]:
+    """Every docstring of these installed packages, in the order of their files; tests left out."""
+    roots = [Path(importlib.util.find_spec(package).origin).parent for package in packages]
+    files = [f for root in roots for f in sorted(root.rglob("*.py")) if "tests" not in f.relative_to(root).parts]
+    with ProcessPoolExecutor(min(4, os.cpu_count() or 1), initializer=_end_with_parent) as pool:
+        for found in tqdm(pool.map(_docstrings_of, files, chunksize=32), "reading docstrings", len(files), leave=False):
+            yield from found
+
+
+def _end_with_parent() -> None:
+    """A pool's process waits for work for ever, even when the process that would give it was killed."""
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _docstrings_of(file: Path) -> list[str]:
+    source = file.read_text(encoding="utf-8", errors="replace")
+    if '"""' not in source and "'''" not in source:
+        return []
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+        try:
+            tree = ast.parse(source)
+        except SyntaxError:  # templates that only look like Python
+            return []
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
+    return [text for text in found if text and len(text) >= MIN_CHARACTERS]
+
+
+def identify(source: str, field: str) -> dict:
+    """What a text made from a source depends on: versions of packages, a hub's revision, or names, sizes and times."""
+    if source in PACKAGES:
+        return {name: importlib.metadata.version(name).split("+")[0] for name in PACKAGES[source]}
+    wanted = arxiv.ArxivSet.parse(source)
+    if wanted:
+        return {**vars(wanted), "rules": RULES}
+    path = _locate(source)
+    stats = [(p.relative_to(path.parent).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in _files(path)]
+    return {"field": field, "files": digest(json.dumps(stats)), "name": path.name, "rules": RULES}
+
+
+def short_name(source: str) -> str:
+    """A source's name without path, ending, hub and shards."""
+    return "arxiv" if arxiv.ArxivSet.parse(source) else Path(source).stem
+
+
+def size_of(source: str) -> int | None:
+    """Bytes that reading a source will come to; None where only reading tells."""
+    if source in PACKAGES or arxiv.ArxivSet.parse(source):
+        return None
+    files = _files(_locate(source))
+    return None if files[0].suffix == ".parquet" else sum(file.stat().st_size for file in files)
+
+
+# ------------------------------------------------------------------------------------- clean and split
+_ASCII_LETTERS = bytes(byte if chr(byte).isalpha() else ord(" ") for byte in range(128)).ljust(256)
+
+
+@functools.lru_cache(maxsize=1)  # a document is asked for twice in a row: is it a copy, and which split
+def normalise(text: str) -> str:
+    """The words alone, in lower case: what two copies of a document share when layout and numbers differ."""
+    text = text.lower()
+    if text.isascii():  # nearly every text is, and this is three times faster
+        return " ".join(text.encode().translate(_ASCII_LETTERS).decode().split())
+    return " ".join(re.findall(r"[^\W\d_]+", text))
+
+
+def drop_near_copies(texts: Iterable[str], width: int = 8, share: float = 0.5) -> list[str]:
+    """Keep a document only if at most `share` of its runs of `width` words stand in the ones kept before.
+
+    Long documents go first, so that one which is contained in another falls, whichever came first.
+    The result is ordered by a hash of the document: mixed, and the same on every machine.
+    """
+    seen: set[int] = set()
+    kept = []
+    for text in sorted(set(texts), key=lambda text: (-len(text), text)):
+        words = normalise(text).split()
+        runs = {hash(tuple(words[i : i + width])) for i in range(max(1, len(words) - width + 1))}
+        if len(runs & seen) <= share * len(runs):
+            seen |= runs
+            kept.append(text)
+    return sorted(kept, key=digest)
+
+
+def split_of(text: str) -> str:
+    """The split a document belongs to, by a hash of its normalised form: stable, and the same for all copies."""
+    bucket = int(digest(normalise(text))[:8], 16) % 100
+    for split, percent in HELD_OUT.items():
+        if bucket < percent:
+            return split
+        bucket -= percent
+    return "train"
+
+
+def digest(text: str) -> str:
+    """128 bits of a hash, in hexadecimal."""
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()
+
+
+def clean_documents(source: str, field: str = "text", skips: Skips | None = None) -> Iterable[str]:
+    """The documents without copies; docstrings, which repeat each other, without near copies either."""
+    skips = Skips() if skips is None else skips
+    if source not in PACKAGES:
+        return _drop_copies(documents(source, field, skips), skips)
+    texts = list(documents(source, field, skips))
+    kept = drop_near_copies(texts)
+    skips.copies += len(texts) - len(kept)
+    return kept
+
+
+def _drop_copies(texts: Iterable[str], skips: Skips) -> Iterator[str]:
+    seen = set()
+    for text in texts:
+        words = normalise(text)
+        key = bytes.fromhex(digest(words if words.count(" ") + 1 >= MIN_WORDS else text))
+        if key in seen:
+            skips.copies += 1
+            continue
+        seen.add(key)
+        yield text

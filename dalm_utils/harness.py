@@ -1,0 +1,189 @@
+"""Diffusion models in EleutherAI's lm-evaluation-harness: LAMBADA, HellaSwag and its other tasks.
+
+    pip install -r requirements-eval.txt
+    python -m dalm_utils.harness --model dalm_diffusion --model_args path=FOLDER --tasks lambada_openai,hellaswag
+
+is the harness's own command line, with one more model; task files of your own go with --include_path.  In Python:
+`lm_eval.simple_evaluate(model=register()(path=FOLDER), tasks=[...])`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .backbone import load_diffusion
+from .corpus import encode
+from .evaluation import continuation_nelbo
+from .sampling import generate
+
+
+@dataclass
+class Responder:
+    """Answers the harness's three kinds of request, given as tuples, with a diffusion model.
+
+    A likelihood is `continuation_nelbo` with its sign turned, in nats: an estimate of a lower bound on log p, which
+    draws the same masks for choices of one length.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    num_samples: int = 32  # masks drawn for each likelihood
+    order: str = "confidence"  # in which text is written; see `generate`
+    steps: int | None = None  # of writing; None: one for each token
+    block_length: int | None = 32  # of writing, from left to right
+    batch_size: int = 1  # requests written at once; the masks of a likelihood always go together
+    max_length: int | None = None  # positions, the begin token included; None: as many as the model has
+    seed: int = 0
+    precision: str = "auto"
+
+    def __post_init__(self):
+        self.room = (self.max_length or self.model.config.max_position_embeddings) - 1
+
+    def loglikelihood(self, requests: list[tuple[str, str]]) -> list[tuple[float, bool]]:
+        """Of each (context, continuation): log p, and whether greedy decoding writes the continuation.
+
+        Raises:
+            ValueError: a continuation without a token, or longer than the model; longer contexts lose their beginning.
+        """
+        pairs = [self._encode_pair(*request) for request in requests]
+        scores = [-self._bound(before, after) for before, after in tqdm(pairs, "likelihoods")]
+        return list(zip(scores, self._are_greedy(pairs), strict=True))
+
+    def loglikelihood_rolling(self, requests: list[tuple[str]]) -> list[float]:
+        """Of each (text,): log p, in windows as long as the model; the last sees as much before it as fits."""
+        texts = encode(self.tokenizer, [text for (text,) in requests])
+        return [self._rolling(ids) for ids in tqdm(texts, "likelihoods of whole texts")]
+
+    def generate_until(self, requests: list[tuple[str, dict]]) -> list[str]:
+        """Of each (context, options): what is written after it, up to the first stop string or end token.
+
+        Options are `max_gen_toks`, the length that is masked at the start; `until`, a list of stop strings; and
+        `temperature`, `top_p`, `top_k`, greedy if not given.
+
+        Raises:
+            ValueError: more tokens to write than the model has positions.
+        """
+        written = []
+        bar = tqdm(total=len(requests), desc="writing")
+        for options, group in itertools.groupby(requests, key=lambda request: request[1]):
+            contexts = [context for context, _ in group]
+            for start in range(0, len(contexts), self.batch_size):
+                batch = contexts[start : start + self.batch_size]
+                written += self._write(batch, options, self.seed + len(written))
+                bar.update(len(batch))
+        bar.close()
+        return written
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As the harness does for AR models: spaces go with the word after them, and both are tokenised as one."""
+        stripped = context.rstrip()
+        before, whole = encode(self.tokenizer, [stripped, context + continuation])
+        after = whole[len(before) :]
+        if len(after) > self.room:
+            raise ValueError(
+                f"the continuation {continuation[:60]!r} has {len(after)} tokens; {self.room} fit the model"
+            )
+        return before[max(0, len(before) + len(after) - self.room) :], after
+
+    def _bound(self, before: list[int], after: list[int]) -> float:
+        options = dict(num_samples=self.num_samples, seed=self.seed, precision=self.precision)
+        return continuation_nelbo(self.model, self.tokenizer, before, after, **options)[0]
+
+    def _rolling(self, ids: list[int]) -> float:
+        total = 0.0
+        for start in range(0, len(ids), self.room):
+            end = min(start + self.room, len(ids))
+            total -= self._bound(ids[max(0, end - self.room) : start], ids[start:end])
+        return total
+
+    def _are_greedy(self, pairs: list[tuple[list[int], list[int]]]) -> list[bool]:
+        answers = []
+        for start in tqdm(range(0, len(pairs), self.batch_size), "greedy decoding"):
+            batch = pairs[start : start + self.batch_size]
+            parts = [[torch.tensor(before, dtype=torch.long), len(after)] for before, after in batch]
+            options = dict(order=self.order, temperature=0, precision=self.precision)
+            tokens = generate(self.model, self.tokenizer, parts=parts, **options).tokens.tolist()
+            for row, (before, after) in zip(tokens, batch, strict=True):
+                answers.append(row[1 + len(before) : 1 + len(before) + len(after)] == after)
+        return answers
+
+    def _write(self, contexts: list[str], options: dict, seed: int) -> list[str]:
+        length = options["max_gen_toks"]
+        if length >= self.room:
+            raise ValueError(f"cannot write max_gen_toks={length} tokens: {self.room} fit the model; ask for fewer")
+        before = [ids[max(0, len(ids) + length - self.room) :] for ids in encode(self.tokenizer, contexts)]
+        parts = [[torch.tensor(ids, dtype=torch.long), length] for ids in before]
+        how = {name: options[name] for name in ("top_p", "top_k") if options.get(name)}
+        tokens = generate(
+            self.model, self.tokenizer, parts=parts, order=self.order, steps=self.steps, block_length=self.block_length,
+            temperature=options.get("temperature", 0.0), stop_at_end=self.tokenizer.eos_token_id is not None, seed=seed,
+            precision=self.precision, **how,
+        ).tokens.tolist()  # fmt: skip
+        rows = [row[1 + len(ids) : 1 + len(ids) + length] for row, ids in zip(tokens, before, strict=True)]
+        return [self._cut(row, options.get("until") or []) for row in rows]
+
+    def _cut(self, tokens: list[int], until: list[str]) -> str:
+        end = self.tokenizer.eos_token_id
+        text = self.tokenizer.decode(tokens[: tokens.index(end)] if end in tokens else tokens, skip_special_tokens=True)
+        for stop in until:
+            text = text.split(stop)[0] if stop else text
+        return text
+
+
+@cache
+def register() -> type:
+    """The harness's model class, which its command line and `simple_evaluate` then know as `dalm_diffusion`.
+
+    Raises:
+        ImportError: lm-eval is not installed.
+    """
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    @register_model("dalm_diffusion")
+    class DiffusionLM(LM):
+        """`path` names a model that `load_diffusion` reads; other arguments are fields of `Responder`."""
+
+        def __init__(self, path, device="auto", batch_size=1, max_batch_size=None, **options):
+            super().__init__()
+            if not torch.cuda.is_available():
+                device = "auto"  # the command line asks for CUDA unless told otherwise
+            model, tokenizer = load_diffusion(path, device=device)
+            self._device = model.device
+            batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)
+            self.responder = Responder(model, tokenizer, batch_size=batch_size, **options)
+
+        def loglikelihood(self, requests):
+            return self.responder.loglikelihood([request.args for request in requests])
+
+        def loglikelihood_rolling(self, requests):
+            return self.responder.loglikelihood_rolling([request.args for request in requests])
+
+        def generate_until(self, requests):
+            asked = [request.args for request in requests]
+            return self.responder.generate_until([(context, normalize_gen_kwargs(how)) for context, how in asked])
+
+    return DiffusionLM
+
+
+def main() -> None:
+    """The harness's command line."""
+    try:
+        register()
+    except ImportError as error:
+        sys.exit(f"error: {error}; install the harness with: pip install -r requirements-eval.txt")
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

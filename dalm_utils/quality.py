@@ -1,0 +1,162 @@
+"""What generated text is worth: a judge's opinion beside its variety, and gaps in real text restored."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .annealing import annealed_mask
+from .backbone import autocast, begin_id
+from .evaluation import ar_nll, stack
+from .objective import hidden_states, logits_of, mask_id_of, seeded
+from .sampling import draw, generate
+
+
+@dataclass(frozen=True)
+class TextQuality:
+    """How good generated text looks to a judge, never without how varied it is."""
+
+    perplexity: float  # of the text under an AR model; repetition makes it low, so read it with the next three
+    entropy: float  # of the samples' own unigram distribution, mean over samples, in nats
+    distinct_2: float  # distinct pairs of adjacent tokens / all pairs, mean over samples
+    repetition: float  # share of tokens that stand among the 16 before them, mean over samples
+
+
+def text_quality(judge: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Tensor) -> TextQuality:
+    """Perplexity under `judge`, an AR model with the same tokens, beside three measures of diversity.
+
+    Args:
+        tokens: `[N, L]` long, position 0 the begin token; samples, or real text to compare them with.
+    """
+    rows = tokens[:, 1:].tolist()
+    return TextQuality(
+        perplexity=ar_nll(judge, tokenizer, tokens).perplexity,
+        entropy=float(np.mean([_entropy(row) for row in rows])),
+        distinct_2=float(np.mean([len(set(itertools.pairwise(row))) / (len(row) - 1) for row in rows])),
+        repetition=float(np.mean([[t in row[max(0, i - 16) : i] for i, t in enumerate(row)] for row in rows])),
+    )
+
+
+def _entropy(row: list[int]) -> float:
+    shares = np.array(list(Counter(row).values())) / len(row)
+    return float(-(shares * np.log(shares)).sum())
+
+
+@dataclass(frozen=True)
+class InfillQuality:
+    """How well gaps in held-out text are restored: scores between 0 and 1, higher is better.
+
+    token_match is the share of a gap's tokens that are right, exact_match is 1 where all are; rouge1, rouge2 and
+    rougeL are F1 on the words of the gap (the package rouge-score, without stemming).
+    """
+
+    per_block: dict[str, np.ndarray]  # [N] of each score; NaN where a gap holds no word, or pair of words, to compare
+    filled: Tensor  # [N, gap] long: what the model wrote
+
+    @property
+    def mean(self) -> dict[str, float]:
+        return {name: _mean_and_error(scores)[0] for name, scores in self.per_block.items()}
+
+    @property
+    def stderr(self) -> dict[str, float]:
+        return {name: _mean_and_error(scores)[1] for name, scores in self.per_block.items()}
+
+
+def _mean_and_error(scores: np.ndarray) -> tuple[float, float]:
+    """Of those that are defined; NaN where there are too few."""
+    defined = scores[~np.isnan(scores)]
+    mean = float(defined.mean()) if len(defined) else math.nan
+    return mean, float(defined.std(ddof=1)) / math.sqrt(len(defined)) if len(defined) > 1 else math.nan
+
+
+@torch.no_grad()
+def infilling(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: Sequence[Tensor] | Tensor,
+    *,
+    gap: int = 16,
+    order: str = "confidence",
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 32,
+    precision: str = "auto",
+    progress: bool = False,
+) -> InfillQuality:
+    """Cut a gap into each block and let the model restore it.
+
+    A diffusion model sees what stands on both sides, and writes one token a step; an AR model sees the prefix alone
+    and goes on.  Both take the most probable token (temperature 0), or draw at the same temperature.  The same seed
+    gives every model the same gaps.
+
+    Args:
+        blocks: `[N, L]` long, or a sequence of `[L]` such as `Blocks`; position 0 is the begin token.
+        gap: tokens to cut out, at a place drawn uniformly from those that leave a token on either side.
+        order: in which a diffusion model writes; see `generate`.
+
+    Raises:
+        ValueError: a gap that does not fit between a prefix and a suffix.
+    """
+    blocks = stack(blocks)
+    length = blocks.shape[1]
+    if not 1 <= gap <= length - 3:
+        raise ValueError(f"a gap in blocks of {length} tokens has 1 to {length - 3}, got {gap}")
+    starts = torch.randint(2, length - gap, (len(blocks), 1), generator=seeded(seed, gap, "gaps"))
+    columns = starts + torch.arange(gap)  # [N, gap]
+    fill = _continue if mask_id_of(model) is None else partial(_fill, order=order)
+    was_training = model.training
+    model.eval()
+    pieces = enumerate(zip(blocks.split(batch_size), columns.split(batch_size), strict=True))
+    bar = tqdm(pieces, "infilling", -(-len(blocks) // batch_size), leave=False, disable=not progress)
+    filled = [fill(model, tokenizer, *piece, temperature, seed + number, precision) for number, piece in bar]
+    model.train(was_training)
+    filled = torch.cat(filled)
+    return InfillQuality(_gap_scores(tokenizer, filled, blocks.gather(1, columns)), filled)
+
+
+def _fill(model, tokenizer, blocks, columns, temperature, seed, precision, order) -> Tensor:
+    """What a diffusion model writes at `columns` `[B, gap]` of `blocks` `[B, L]`, given all the rest: `[B, gap]`."""
+    gap = columns.shape[1]
+    parts = [[row[1 : at[0]], gap, row[at[-1] + 1 :]] for row, at in zip(blocks, columns, strict=True)]
+    options = dict(order=order, temperature=temperature, seed=seed, precision=precision)
+    return generate(model, tokenizer, parts=parts, **options).tokens.gather(1, columns)
+
+
+def _continue(model, tokenizer, blocks, columns, temperature, seed, precision) -> Tensor:
+    """What an AR model writes there, given what stands to the left: `[B, gap]`."""
+    given = torch.arange(blocks.shape[1]) < columns[:, :1]
+    tokens = blocks.where(given, begin_id(tokenizer)).to(model.device)
+    causal = annealed_mask(tokens.shape[1], 0.0, dtype=model.dtype, device=model.device)
+    rows = torch.arange(len(tokens), device=model.device)
+    draws = seeded(seed, 0, "continue")
+    with autocast(model.device, precision):
+        for column in columns.T.to(model.device):  # [B]
+            hidden = hidden_states(model, tokens, causal)[rows, column - 1]  # [B, D]
+            logits = logits_of(model, hidden)[:, : len(tokenizer)]  # rows that pad the embedding are not tokens
+            tokens[rows, column] = draw(logits, temperature, None, None, draws).to(model.device)
+    return tokens.cpu().gather(1, columns)
+
+
+def _gap_scores(tokenizer, filled: Tensor, truth: Tensor) -> dict[str, np.ndarray]:
+    """Every score of every gap; both `[N, gap]`."""
+    from rouge_score.rouge_scorer import RougeScorer  # slow to import, and nothing else needs it
+
+    right = (filled == truth).double()
+    scores = {"token_match": right.mean(1).numpy(), "exact_match": right.prod(1).numpy()}
+    kinds = ("rouge1", "rouge2", "rougeL")
+    scorer = RougeScorer(kinds, use_stemmer=False)
+    texts = [tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in (truth, filled)]
+    rouge = [(scorer.score(wanted, got), scorer.score(wanted, wanted)) for wanted, got in zip(*texts, strict=True)]
+    for kind in kinds:  # a text without such n-grams scores 0 against itself: nothing can be said of it
+        scores[kind] = np.array([got[kind].fmeasure if best[kind].fmeasure else math.nan for got, best in rouge])
+    return scores
