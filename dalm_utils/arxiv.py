@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .backbone import PATIENCE
+from .hubs import PATIENCE
 
 FIELD = "article"  # holds the text
 SHARDS = 15  # of the training split, about 230 MB each

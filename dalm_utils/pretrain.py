@@ -24,11 +24,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .backbone import BASES, load_base, machine, save_diffusion
+from .backbone import load_base, machine, save_diffusion
 from .checkpoint import History
 from .config import PROJECT, RunConfig, load_config
 from .corpus import CACHE, clean_documents, load_corpus, split_of
 from .evaluation import ar_nll, nelbo
+from .hubs import BASES
 from .run import build
 from .training import train
 

