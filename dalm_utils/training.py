@@ -111,9 +111,8 @@ def _drive(runs: dict[str, Run], report: Callable[[], None] | None) -> None:
             report()  # a finished run shows its curve again
         stopped = False
         while not stopped and not all(run.is_done for run in runs.values()):
-            for run in runs.values():
-                if not run.is_done and run.advance():
-                    report()
+            if any([run.advance() for run in runs.values() if not run.is_done]):  # a list: every arm takes its step
+                report()
             bar.update(some.step - bar.n)  # backwards, when the run goes back
             bar.set_postfix({key: f"{value:.3f}" for key in ("loss", "nelbo") if (value := some.history.last(key))})
             stopped = _all_agree(asked, some)

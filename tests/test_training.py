@@ -95,7 +95,12 @@ def test_arms_are_paired_and_each_equals_training_alone(tmp_path):
     base.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     config = tiny_config(tmp_path, base=str(tmp_path / "base"))
-    arms = train_arms({"shift": config, "plain": config.replace(shift=False)})
+    shown = []
+    arms = train_arms(
+        {"shift": config, "plain": config.replace(shift=False)},
+        on_log=lambda histories: shown.append([history.last("step") for history in histories.values()]),
+    )
+    assert shown == [[step, step] for step in (2, 4, 6, 8, 10, 12)]  # once, when every arm has taken the step
     alone = train(*as_diffusion(base, tokenizer), config.replace(name="alone"))
     assert comparable(arms["shift"]) == comparable(alone)
     assert arms["plain"].last("loss") != arms["shift"].last("loss")
