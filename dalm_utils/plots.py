@@ -182,7 +182,7 @@ def arms(scores: dict[str, list[float]], base: float | None = None) -> None:
         axis.annotate(f"{mean:.3f}", (mean, row), (0, 15), textcoords="offset points", ha="center", color=color)
     if base is not None:
         axis.axvline(base, color=RED, linestyle="--", label=f"AR model: {base:.2f}")
-        axis.legend(loc="lower right")
+        axis.legend(loc="upper right")
     axis.set(yticks=range(len(scores)), ylim=(len(scores) - 0.5, -0.7), xlabel="NELBO on test text, nats per token")
     axis.set_yticklabels(scores)
     axis.grid(False, axis="y")
