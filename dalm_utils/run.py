@@ -40,7 +40,7 @@ from .corpus import Blocks, load_corpus
 from .evaluation import ar_nll, nelbo
 from .objective import corrupt, default_maskable, diffusion_loss, sample_times, seeded
 from .sampling import generate
-from .stability import MOST_ROLLBACKS, SATURATED, SLOWER, Watch
+from .stability import MOST_ROLLBACKS, SATURATED, SLOWER, Unstable, Watch
 
 COUNTERS = ("step", "seconds", "best", "window_steps", "rollbacks", "stale")  # what a checkpoint keeps of them
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the same file from one process and from many
@@ -176,7 +176,7 @@ class Run:
         """One optimizer step, and the evaluation, record and checkpoint that are due. True if it recorded.
 
         Raises:
-            RuntimeError: the run is numerically unstable and going back does not help, or is not possible.
+            Unstable: going back does not help, or is not possible.
         """
         start = time.perf_counter()
         norm = self._optimize()
@@ -375,8 +375,8 @@ class Run:
     def _restore(self, newest: Path | None) -> None:
         """Continue from a checkpoint whose weights are loaded already; from None, begin."""
         self.history = History() if newest is None else History.load(newest / "history.jsonl")
+        self.history.path = self.folder.path / "history.jsonl" if self.is_main else None  # one process writes
         if self.is_main:
-            self.history.path = self.folder.path / "history.jsonl"
             self.history.write(self.history.path)
         if newest is None:
             return
@@ -397,7 +397,7 @@ class Run:
         newest = self._on_main(self.folder.newest)
         if newest is None or rollbacks > MOST_ROLLBACKS:
             tried = f"after going back {rollbacks - 1} times" if self.rollbacks else "before the first checkpoint"
-            raise RuntimeError(
+            raise Unstable(
                 f"training is unstable: at step {was}, {tried}, {trouble}. Lower learning_rate, or lengthen "
                 "warmup_steps" + ("" if newest else "; a smaller save_every gives a checkpoint to go back to")
             )

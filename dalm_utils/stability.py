@@ -17,6 +17,10 @@ MOST_ROLLBACKS = 3  # then the run is given up
 MEMORY = 0.05  # of the running mean of gradient norms: about the last twenty steps
 
 
+class Unstable(RuntimeError):
+    """Going back did not help, or there was nothing to go back to."""
+
+
 class Watch:
     """Judges each step on its device, without waiting for it; `read` waits, and is called where a record is written.
 

@@ -19,6 +19,7 @@ from .backbone import pick_device, pick_precision
 from .checkpoint import History
 from .config import RunConfig
 from .run import Run, build
+from .stability import Unstable
 
 
 def train(
@@ -44,7 +45,8 @@ def train(
     Raises:
         ValueError: the earlier run of that name had another config (the difference is spelled out), the
             model does not fit, or the text has too few tokens.
-        RuntimeError: another process is writing to the same run, or one of this run's own has died.
+        RuntimeError: another process is writing to the same run, one of this run's own has died, or the run is
+            numerically unstable and going back to a checkpoint did not help.
     """
     with _opened({config.name: (model, tokenizer, config)}, resume) as runs:
         run = runs[config.name]
@@ -158,7 +160,7 @@ def _told_where_it_ended(run: Run) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if run.accelerator.num_processes == 1:
+        if run.accelerator.num_processes == 1 or isinstance(error, Unstable):
             raise
         reason = str(error).splitlines()[0]
         raise RuntimeError(

@@ -59,6 +59,23 @@ def test_two_processes_with_the_same_global_batch_follow_the_curve_of_one(tmp_pa
     assert "step/s" not in (tmp_path / "messages-1").read_text()  # one progress bar
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_an_unstable_run_goes_back_on_all_processes_and_tells_why_it_ends(tmp_path, way):
+    shaky = dict(steps=24, log_every=1, eval_every=24, save_every=12, spike=1.3, max_skips=1)  # step 19 is a spike
+    alone, together = tiny_config(tmp_path / "alone", batch=4, **shaky), tiny_config(tmp_path, batch=2, **shaky)
+    with pytest.raises(RuntimeError, match="unstable: at step 19, after going back 3 times") as told:
+        train(*tiny_diffusion(), alone)
+    processes = start_many(2, tmp_path, dict(batch=2, **shaky), WAYS[way])
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [1, 1]
+    assert all(str(told.value) in (tmp_path / f"messages-{rank}").read_text() for rank in (0, 1))
+    assert [path.name for path in together.folder.glob("step-*")] == ["step-000012"]  # whole, after three returns
+    expected, ours = (History.load(config.folder / "history.jsonl") for config in (alone, together))
+    assert ours.series("event") == expected.series("event")
+    assert ours.series("loss")[1] == pytest.approx(expected.series("loss")[1], rel=1e-5)  # steps 13 to 18: taken again
+
+
 def wait_for_step(config, step, processes):
     history = config.folder / "history.jsonl"
     while not history.exists() or (History.load(history).last("step") or 0) < step:
