@@ -17,10 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from .backbone import load_base, load_diffusion, machine
-from .checkpoint import History
+from .checkpoint import History, write_file
 from .config import PROJECT, RunConfig, load_config
 from .corpus import Blocks, load_corpus
 from .evaluation import ar_nll, nelbo
+from .run import build
+from .sampling import generate
 from .training import train_arms
 
 RECORDED = PROJECT / "notebooks" / "recorded"
@@ -32,9 +34,10 @@ PLANS = {  # groups of runs: (arms, optimizer steps, seed)
         *((PAIR, steps, seed) for steps in (30, 60) for seed in (0, 1, 2)),
         *((PAIR, 240, seed) for seed in (0, 1)),
     ],
-    "real": [(PAIR, 600, 0)],
+    "real": [(PAIR, None, 0)],  # None: the run of notebook 2 itself, made here or there
 }
 TEST_BLOCKS, TEST_SAMPLES = 96, 8
+PROMPT = dict(prompt="Return the", length=40, steps=40, top_p=0.9, seed=4)  # what each arm is asked to go on with
 
 
 def arms(config: RunConfig, names: tuple[str, ...] = PAIR) -> dict[str, RunConfig]:
@@ -49,8 +52,10 @@ def arms(config: RunConfig, names: tuple[str, ...] = PAIR) -> dict[str, RunConfi
     return {name: config.replace(**changes[name]) for name in names}
 
 
-def budget(config: RunConfig, steps: int, seed: int) -> RunConfig:
+def budget(config: RunConfig, steps: int | None, seed: int) -> RunConfig:
     """The same recipe for one epoch on a subset of another size: warm-up, annealing, evaluation in proportion."""
+    if steps is None:
+        return config.replace(seed=seed)
     return config.replace(
         name=f"{config.name}-{steps}-{seed}", seed=seed, train_blocks=steps * config.batch, anneal_steps=steps // 3,
         warmup_steps=steps // 12, eval_every=steps // 6, save_every=steps,
@@ -65,9 +70,11 @@ def record(config: RunConfig, plan: list[tuple], path: Path) -> None:
     """
     done = json.loads(path.read_text())["runs"] if path.exists() else []
     for names, steps, seed in plan:
+        group = budget(config, steps, seed)
+        steps = group.train_blocks // group.batch
         if any((run["steps"], run["seed"]) == (steps, seed) for run in done):
             continue
-        configs = arms(budget(config, steps, seed), names)
+        configs = arms(group, names)
         histories = train_arms(configs)
         if any(history.last("step") < steps for history in histories.values()):
             raise SystemExit("stopped; the same command continues")
@@ -76,7 +83,7 @@ def record(config: RunConfig, plan: list[tuple], path: Path) -> None:
             for name, history in histories.items()
         ]
         path.parent.mkdir(exist_ok=True)
-        path.write_text(_as_json(_about(config) | {"runs": done}))
+        write_file(path, _as_json(_about(config) | {"runs": done}))
 
 
 def _as_json(content: dict) -> str:
@@ -87,12 +94,18 @@ def _as_json(content: dict) -> str:
 
 def _about(config: RunConfig) -> dict:
     base, tokenizer = load_base(config.base, hub=config.hub, device=config.device)
+    start = {}
+    for name, arm in arms(config).items():
+        model, words = build(arm)
+        held_out = _blocks(config, words, "validation", config.eval_blocks)
+        start[name] = round(nelbo(model, words, held_out, num_samples=config.eval_samples).mean, 4)
     return {
         "command": f"python -m dalm_utils.ablation {config.name.removeprefix('shift-')}",
         "date": str(datetime.date.today()),
         "machine": machine(),
         "test": f"{TEST_BLOCKS} test blocks, {TEST_SAMPLES} masks each; the NELBO of each block, nats per token",
-        "ar_nll": round(ar_nll(base, tokenizer, _test_blocks(config, tokenizer)).mean, 4),
+        "ar_nll": round(ar_nll(base, tokenizer, _blocks(config, tokenizer, "test", TEST_BLOCKS)).mean, 4),
+        "start": start,  # the NELBO before the first step, on the blocks of the curves
         "config": {key: value for key, value in vars(config).items() if key != "runs"},
     }
 
@@ -100,19 +113,20 @@ def _about(config: RunConfig) -> dict:
 def _result(history: History, config: RunConfig, arm: str) -> dict:
     """What is kept of one run: its curves, and the score of each test block, so that any two can be paired."""
     model, tokenizer = load_diffusion(config.folder.with_name(f"{config.name}-{arm}") / "best", device=config.device)
-    score = nelbo(model, tokenizer, _test_blocks(config, tokenizer), num_samples=TEST_SAMPLES)
+    score = nelbo(model, tokenizer, _blocks(config, tokenizer, "test", TEST_BLOCKS), num_samples=TEST_SAMPLES)
     curves = {key: history.series(key, "tokens") for key in ("loss", "nelbo")}
     return {
         "tokens": history.last("tokens"),
         "tokens_per_second": history.last("tokens_per_second"),
         "nelbo": round(score.mean, 4),
+        "sample": generate(model, tokenizer, **PROMPT).text[0],
         "per_block": [round(float(value), 4) for value in score.per_block],
         "curves": {key: [x, [round(value, 4) for value in y]] for key, (x, y) in curves.items()},
     }
 
 
-def _test_blocks(config: RunConfig, tokenizer) -> Blocks:
-    return load_corpus(config.text, tokenizer, field=config.field).blocks("test", config.length, TEST_BLOCKS)
+def _blocks(config: RunConfig, tokenizer, split: str, limit: int) -> Blocks:
+    return load_corpus(config.text, tokenizer, field=config.field).blocks(split, config.length, limit)
 
 
 # ------------------------------------------------------------------------------------------------- reading

@@ -31,7 +31,7 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> Path:
     try:
         beside.mkdir(parents=True)
         fill(beside)
-        _write_synced(beside / MANIFEST, json.dumps({f.name: _digest(f) for f in sorted(beside.iterdir())}, indent=1))
+        write_file(beside / MANIFEST, json.dumps({f.name: _digest(f) for f in sorted(beside.iterdir())}, indent=1))
         for path in [*beside.iterdir(), beside]:
             _sync(path)
     except Exception:
@@ -58,7 +58,7 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def _write_synced(path: Path, text: str) -> None:
+def write_file(path: Path, text: str) -> None:
     """Replace a small file in one move."""
     beside = path.with_name(f"{path.name}.unfinished")
     try:
@@ -165,7 +165,7 @@ class RunFolder:
         written = self.path / "config.json"
         if not written.exists():
             self.path.mkdir(parents=True, exist_ok=True)
-            _write_synced(written, json.dumps(settings, indent=1))
+            write_file(written, json.dumps(settings, indent=1))
         before = json.loads(written.read_text())
         changed = [
             f"{name}: {before.get(name)!r} then, {now!r} now"
@@ -254,7 +254,7 @@ class History:
 
     def write(self, path: Path) -> None:
         """Make a file say what `records` says, in one move."""
-        _write_synced(path, "".join(json.dumps(record) + "\n" for record in self.records))
+        write_file(path, "".join(json.dumps(record) + "\n" for record in self.records))
 
     def series(self, key: str, x: str = "step") -> tuple[list, list]:
         """The points at which `key` was recorded: ([x...], [value...])."""

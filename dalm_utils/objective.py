@@ -142,6 +142,7 @@ def diffusion_loss(
     shift: bool = True,
     normalize: str = "maskable",
     maskable: Tensor | None = None,
+    num_masked: int | None = None,
 ) -> DiffusionLoss:
     """`1/N * sum over sequences of (1/t) * sum over masked i of -log p(x0_i | x_t)`.
 
@@ -155,6 +156,8 @@ def diffusion_loss(
         tokens, noised: `[B, L]` long; masked: `[B, L]` bool; times: `[B]`.
         attention_mask: additive `[1, 1, L, L]` from `annealed_mask`, or None.
         shift: the hidden state at i-1 predicts token i (True), or the one at i (False).
+        num_masked: how many positions are masked, from a caller that knows, and knows that position 0 is not one of
+            them: a GPU then need not be waited for.
 
     Raises:
         ValueError: position 0 is masked under the shift, or an unknown normalisation.
@@ -167,9 +170,13 @@ def diffusion_loss(
     hidden = hidden_states(model, noised, attention_mask)  # [B, L, D]
 
     # 2. Where each masked token is predicted: one position to the left under the shift.
-    rows, columns = masked.nonzero(as_tuple=True)  # [M], [M]
-    if shift and bool((columns == 0).any()):
-        raise ValueError("position 0 is masked, but under the shift no position predicts it; begin with a begin token")
+    if num_masked is None:
+        num_masked = int(masked.sum())
+        if shift and bool(masked[:, 0].any()):
+            raise ValueError(
+                "position 0 is masked, but under the shift no position predicts it; begin with a begin token"
+            )
+    rows, columns = masked.nonzero_static(size=num_masked).unbind(1)  # [M], [M]
     sources = hidden[rows, columns - 1 if shift else columns]  # [M, D]
 
     # 3. Negative log-likelihoods there, and only there, weighed by 1/t.
@@ -187,8 +194,8 @@ def diffusion_loss(
 
     # 4. Divide by a count that does not depend on the draw.
     num_maskable = maskable.sum()
-    count = num_maskable if normalize == "maskable" else max(len(rows), 1)
-    return DiffusionLoss(total / count, total, token_nll, len(rows), num_maskable)
+    count = num_maskable if normalize == "maskable" else max(num_masked, 1)
+    return DiffusionLoss(total / count, total, token_nll, num_masked, num_maskable)
 
 
 class _WeightedNLL(torch.autograd.Function):

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .backbone import load_base, machine, save_diffusion
+from .backbone import fuse_gelu, load_base, machine, save_diffusion
 from .checkpoint import History
 from .config import PROJECT, RunConfig, load_config
 from .corpus import CACHE, clean_documents, load_corpus, split_of
@@ -82,7 +82,7 @@ def fresh_gpt2(shape: dict, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -
     torch.manual_seed(seed)
     sizes = {key: value for key, value in shape.items() if key != "vocab"}
     ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=CONTEXT, **sizes, **ends))
+    return fuse_gelu(GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=CONTEXT, **sizes, **ends)))
 
 
 def fresh_opt(shape: dict, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> OPTForCausalLM:

@@ -70,11 +70,12 @@ class Objective(nn.Module):
         self.model, self.shift = model, shift
         self._no_split_modules = model._no_split_modules  # what FSDP wraps one by one
 
-    def forward(self, tokens, noised, masked, times, attention_mask):
+    def forward(self, tokens, noised, masked, times, num_masked, attention_mask):
         """The weighted sum of negative log-likelihoods, and how many of them are saturated."""
         loss = diffusion_loss(
-            self.model, tokens, noised, masked, times, attention_mask=attention_mask, shift=self.shift
-        )
+            self.model, tokens, noised, masked, times,
+            attention_mask=attention_mask, shift=self.shift, num_masked=num_masked,
+        )  # fmt: skip
         return loss.total, (loss.token_nll > SATURATED).sum()
 
 
@@ -233,13 +234,13 @@ class Run:
     def _attention_mask(self) -> Tensor | None:
         if self.is_ar:
             return None  # a causal model is causal by itself
-        return annealed_mask(
+        mask = annealed_mask(
             self.config.length,
             anneal_ratio(self.step, self.config.anneal_steps),
             dtype=self.mask_dtype,
-            device=self.accelerator.device,
             generator=seeded(self.config.seed, self.step, "annealing"),
         )
+        return None if mask is None else self._send(mask)
 
     def _batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
         """The global batch of this step, whatever the number of processes: tokens, noised, masked, times, count."""
@@ -261,12 +262,19 @@ class Run:
             self.order = (epoch, torch.randperm(len(self.blocks), generator=seeded(self.config.seed, epoch, "data")))
         return int(self.order[1][place])
 
-    def _shares(self, *tensors: Tensor) -> Iterator[list[Tensor]]:
+    def _shares(self, tokens: Tensor, noised: Tensor, masked: Tensor, times: Tensor) -> Iterator[tuple]:
         """This process's part of each forward pass: the parts of all processes are the batch, each row once."""
         size, accelerator = self.config.batch, self.accelerator
         for part in range(self.config.accumulate):
             start = (part * accelerator.num_processes + accelerator.process_index) * size
-            yield [tensor[start : start + size].to(accelerator.device, non_blocking=True) for tensor in tensors]
+            share = [tensor[start : start + size] for tensor in (tokens, noised, masked, times)]
+            yield *map(self._send, share), int(share[2].sum())
+
+    def _send(self, tensor: Tensor) -> Tensor:
+        """To this process's device, without waiting for it: a GPU copies from pinned memory while it computes."""
+        if self.accelerator.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.accelerator.device, non_blocking=True)
 
     # -- records ----------------------------------------------------------------------------------------
     def _record(self, record: dict) -> None:

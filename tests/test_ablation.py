@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from dalm_utils import ablation
+from dalm_utils import ablation, load_config
 from dalm_utils.checkpoint import History
 from tests.helpers import tiny_config, tiny_model, tiny_tokenizer
 
@@ -21,6 +21,7 @@ def test_a_plan_is_recorded_group_by_group_and_continued(tmp_path, config, monke
     ablation.record(config, [(ablation.SQUARE, 12, 0)], path)
     first = json.loads(path.read_text())
     assert first["command"] == "python -m dalm_utils.ablation tiny" and first["ar_nll"] > 0
+    assert set(first["start"]) == set(ablation.PAIR) and all(run["sample"] for run in first["runs"])
     assert [run["arm"] for run in first["runs"]] == list(ablation.SQUARE)
     assert all(len(run["per_block"]) == 2 and run["tokens"] == 12 * 4 * 16 for run in first["runs"])
     scores = [run["nelbo"] for run in first["runs"]]
@@ -62,8 +63,10 @@ def test_effects_are_paired_by_seed_and_block():
 def test_the_shipped_records_are_whole():
     for path in ablation.RECORDED.glob("*.json"):
         recorded = ablation.load(path.stem)
-        plan = ablation.PLANS[path.stem.removeprefix("shift-")]
-        expected = {(arm, steps, seed) for arms, steps, seed in plan for arm in arms}
+        profile = path.stem.removeprefix("shift-")
+        config = load_config("shift", profile)
+        groups = [(arms, ablation.budget(config, steps, seed)) for arms, steps, seed in ablation.PLANS[profile]]
+        expected = {(arm, group.train_blocks // group.batch, group.seed) for arms, group in groups for arm in arms}
         assert {(run["arm"], run["steps"], run["seed"]) for run in recorded.runs} == expected
         for run in recorded.runs:
             assert run["nelbo"] == pytest.approx(np.mean(run["per_block"]), abs=1e-3)

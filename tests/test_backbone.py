@@ -14,6 +14,7 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
 )
+from transformers.activations import NewGELUActivation
 
 from dalm_utils import (
     annealed_mask,
@@ -285,6 +286,26 @@ def test_a_gguf_file_is_a_model_like_any_other(tied, tmp_path, monkeypatch):
 def test_a_gguf_file_that_is_not_there_is_not_asked_from_a_hub():
     with pytest.raises(FileNotFoundError, match=r"no model 'none/here\.gguf'.*nor a \.gguf file\. Three other ways"):
         load_base("none/here.gguf")
+
+
+def test_gelu_in_one_pass_is_the_same_function_and_loads_anywhere(tmp_path):
+    stock = tiny_model("gpt2", vocab=320)
+    stock.config.resid_pdrop = stock.config.embd_pdrop = stock.config.attn_pdrop = 0.0
+    assert stock.config.activation_function == "gelu_new"
+    stock.save_pretrained(tmp_path / "stock")
+    tiny_tokenizer().save_pretrained(tmp_path / "stock")
+    ours, _ = load_base(str(tmp_path / "stock"))
+    assert not any(isinstance(module, NewGELUActivation) for module in ours.modules())
+    ours.save_pretrained(tmp_path / "ours")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    tokens = torch.arange(2, 34).view(2, 16)
+    logits = [model(tokens).logits for model in (stock, ours, plain, randomize(ours))]
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits[1], logits[2])
+    pairs = zip(logits[:2], (stock, ours), strict=True)
+    grads = [torch.autograd.grad(out.square().mean(), list(model.parameters())) for out, model in pairs]
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
 
 
 def test_random_weights_depend_on_the_seed_alone():
