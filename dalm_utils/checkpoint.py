@@ -168,9 +168,9 @@ class RunFolder:
             write_file(written, json.dumps(settings, indent=1))
         before = json.loads(written.read_text())
         changed = [
-            f"{name}: {before.get(name)!r} then, {now!r} now"
+            f"{name}: {before[name]!r} then, {now!r} now"
             for name, now in settings.items()
-            if before.get(name) != now
+            if before.get(name, now) != now  # a field that is newer than the run had no say in it
         ]
         if changed:
             raise ValueError(

@@ -57,6 +57,7 @@ class RunConfig:
     # the machine
     device: str = "auto"  # auto, cpu or cuda
     precision: str = "auto"  # auto: what the processor really has; or fp32, bf16, fp16
+    attention: str = "sdpa"  # while the mask is partly open; flex: no [L, L] mask, for long sequences on CUDA
     compile: bool = False  # torch.compile each transformer block; pays on long runs
     gradient_checkpointing: bool = False  # less memory, a third more time
 
@@ -125,6 +126,7 @@ class RunConfig:
 CHOICES = {
     "hub": ("auto", "huggingface", "modelscope", "local"),
     "objective": ("diffusion", "ar"),
+    "attention": ("sdpa", "flex"),
     "normalize": ("maskable", "masked"),
     "times": ("stratified", "uniform"),
     "device": ("auto", "cpu", "cuda"),

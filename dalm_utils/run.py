@@ -29,10 +29,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.flex_attention import BlockMask
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .annealing import anneal_ratio, annealed_mask
+from .annealing import anneal_ratio, annealed_block_mask, annealed_mask
 from .backbone import DTYPES, as_diffusion, load_base, mask_id_of, pick_precision, randomize, save_diffusion
 from .checkpoint import History, RunFolder
 from .config import FREE_FIELDS, RunConfig
@@ -212,14 +213,15 @@ class Run:
         torch.manual_seed(seeded(config.seed, self.step, f"dropout {accelerator.process_index}").initial_seed())
         self.objective.train()
         saturated = torch.zeros((), dtype=torch.long, device=accelerator.device)
-        for part, share in enumerate(self._shares(tokens, noised, masked, times)):
-            last = part == config.accumulate - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.objective):
-                total, lost = self.objective(*share, attention_mask)
-                loss = total * (accelerator.num_processes / count)  # gradients are averaged over processes
-                accelerator.backward(loss)
-            self.window_loss += loss.detach()
-            saturated += lost
+        with _attending(self.model, attention_mask):
+            for part, share in enumerate(self._shares(tokens, noised, masked, times)):
+                last = part == config.accumulate - 1
+                with contextlib.nullcontext() if last else accelerator.no_sync(self.objective):
+                    total, lost = self.objective(*share, attention_mask)
+                    loss = total * (accelerator.num_processes / count)  # gradients are averaged over processes
+                    accelerator.backward(loss)
+                self.window_loss += loss.detach()
+                saturated += lost
         self.watch.count(saturated, int(masked.sum()))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.step, self.total) * SLOWER**self.rollbacks
@@ -231,15 +233,14 @@ class Run:
         self.window_steps += 1
         return norm
 
-    def _attention_mask(self) -> Tensor | None:
+    def _attention_mask(self) -> Tensor | BlockMask | None:
         if self.is_ar:
             return None  # a causal model is causal by itself
-        mask = annealed_mask(
-            self.config.length,
-            anneal_ratio(self.step, self.config.anneal_steps),
-            dtype=self.mask_dtype,
-            generator=seeded(self.config.seed, self.step, "annealing"),
-        )
+        length, ratio = self.config.length, anneal_ratio(self.step, self.config.anneal_steps)
+        draws = seeded(self.config.seed, self.step, "annealing")
+        if self.config.attention == "flex":
+            return annealed_block_mask(length, ratio, seed=draws.initial_seed(), device=self.accelerator.device)
+        mask = annealed_mask(length, ratio, dtype=self.mask_dtype, generator=draws)
         return None if mask is None else self._send(mask)
 
     def _batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
@@ -432,6 +433,16 @@ class Run:
         room = getattr(model.config, "max_position_embeddings", config.length)
         if config.length > room:
             raise ValueError(f"length {config.length} is more than the model's {room} positions; lower `length`")
+        window = getattr(model.config, "sliding_window", None)
+        if window and getattr(model.config, "use_sliding_window", True) and config.length > window:
+            raise ValueError(
+                f"length {config.length} is more than this model's attention window of {window}, and outside of it "
+                "nothing is seen; lower `length`"
+            )
+        if config.attention == "flex" and self.accelerator.device.type != "cuda":
+            raise ValueError("attention 'flex' learns on CUDA only (torch has no backward pass for it elsewhere)")
+        if config.attention == "flex" and not model._supports_flex_attn:
+            raise ValueError(f"{type(model).__name__} has no flex attention in transformers; leave attention='sdpa'")
         if self.is_ar and mask_id_of(model) is not None:
             raise ValueError(
                 "objective 'ar' needs an AR model; a diffusion model sees the tokens it would have to predict"
@@ -461,6 +472,16 @@ def _adamw(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2), fused=True)
+
+
+@contextlib.contextmanager
+def _attending(model: PreTrainedModel, mask: Tensor | BlockMask | None) -> Iterator[None]:
+    """Flex attention under a mask of its kind; otherwise, and in evaluation, what the model was loaded with."""
+    usual = model.config._attn_implementation
+    if isinstance(mask, BlockMask):
+        model.config._attn_implementation = "flex_attention"
+    yield
+    model.config._attn_implementation = usual
 
 
 def _set_dropout(model: nn.Module, share: float) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator, DistributedType
 
-from dalm_utils import as_diffusion, load_diffusion, nelbo, train, train_arms, training
+from dalm_utils import as_diffusion, load_base, load_diffusion, nelbo, train, train_arms, training
 from dalm_utils.checkpoint import MACHINE_KEYS
 from dalm_utils.run import Run, learning_rate
 from tests.helpers import tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
@@ -101,7 +101,7 @@ def test_arms_are_paired_and_each_equals_training_alone(tmp_path):
         on_log=lambda histories: shown.append([history.last("step") for history in histories.values()]),
     )
     assert shown == [[step, step] for step in (2, 4, 6, 8, 10, 12)]  # once, when every arm has taken the step
-    alone = train(*as_diffusion(base, tokenizer), config.replace(name="alone"))
+    alone = train(*as_diffusion(*load_base(config.base)), config.replace(name="alone"))
     assert comparable(arms["shift"]) == comparable(alone)
     assert arms["plain"].last("loss") != arms["shift"].last("loss")
 
@@ -191,11 +191,19 @@ def test_learning_rate_warms_up_and_falls_to_its_end(tmp_path):
         (dict(length=100), "more than the model's 64 positions"),
         (dict(shift=False), "made with shift=True"),
         (dict(precision="fp16"), "needs CUDA"),
+        (dict(attention="flex"), "learns on CUDA only"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         train(*tiny_diffusion(), tiny_config(tmp_path, **changes))
+
+
+def test_blocks_longer_than_the_attention_window_are_refused(tmp_path):
+    model, tokenizer = tiny_diffusion("llama")
+    model.config.sliding_window = 12
+    with pytest.raises(ValueError, match="length 16 is more than this model's attention window of 12"):
+        train(model, tokenizer, tiny_config(tmp_path))
 
 
 def test_models_that_do_not_fit_are_refused(tmp_path):

@@ -1,0 +1,91 @@
+import math
+
+import pytest
+import torch
+
+from dalm_utils import ar_nll, as_diffusion, text_quality
+from dalm_utils.corpus import encode
+from dalm_utils.quality import infilling
+from tests.helpers import TEXTS, tiny_diffusion, tiny_model, tiny_tokenizer
+
+
+def test_quality_sees_repetition():
+    model, tokenizer = tiny_model(vocab=320), tiny_tokenizer()
+    varied = torch.arange(1, 33).repeat(2, 1)
+    stuck = torch.full((2, 32), 7)
+    good, bad = (text_quality(model, tokenizer, tokens) for tokens in (varied, stuck))
+    assert good.entropy == pytest.approx(math.log(31)) and bad.entropy == 0
+    assert good.repetition == 0 and bad.repetition == pytest.approx(30 / 31)
+    assert good.distinct_2 == 1 and bad.distinct_2 == pytest.approx(1 / 30)
+    assert good.perplexity == pytest.approx(ar_nll(model, tokenizer, varied).perplexity)
+
+
+# --------------------------------------------------------------------------------------------------- infilling
+def knows_by_heart(block, diffusion, shift=True):
+    """A model whose prediction is the token of `block` [L] at each place, whatever it sees."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(vocab=len(tokenizer), tied=False)
+    if diffusion:
+        model, tokenizer = as_diffusion(model, tokenizer, shift=shift)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "ln_f" not in name:
+                weight.zero_()
+        for place in range(len(block) - (1 if shift else 0)):
+            model.transformer.wpe.weight[place, place] = 1.0
+            model.lm_head.weight[block[place + (1 if shift else 0)], place] = 20.0
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("diffusion, shift", [(True, True), (True, False), (False, True)])
+def test_a_model_that_knows_the_text_restores_every_gap(diffusion, shift):
+    tokenizer = tiny_tokenizer()
+    block = torch.tensor([tokenizer.bos_token_id, *encode(tokenizer, TEXTS[:1])[0]][:16])
+    model, tokenizer = knows_by_heart(block, diffusion, shift)
+    quality = infilling(model, tokenizer, block.repeat(6, 1), gap=6, batch_size=4, precision="fp32")
+    assert quality.filled.shape == (6, 6) and len(quality.filled.unique(dim=0)) > 1  # gaps at different places
+    assert quality.mean == dict.fromkeys(("token_match", "exact_match", "rouge1", "rouge2", "rougeL"), 1.0)
+    assert set(quality.stderr.values()) == {0.0}
+
+
+def test_a_model_that_knows_nothing_restores_next_to_nothing():
+    model, tokenizer = tiny_diffusion()
+    ids = torch.tensor(encode(tokenizer, [" ".join(TEXTS)])[0][: 20 * 31]).view(20, 31)
+    blocks = torch.cat([torch.full((20, 1), tokenizer.bos_token_id), ids], 1)
+    quality = infilling(model, tokenizer, blocks, gap=8, precision="fp32")
+    assert quality.mean["token_match"] < 0.1 and quality.mean["exact_match"] == 0 and quality.mean["rouge1"] < 0.2
+    assert quality.stderr["token_match"] == pytest.approx(quality.per_block["token_match"].std(ddof=1) / 20**0.5)
+
+
+def test_an_ar_model_sees_the_prefix_alone_and_a_diffusion_model_both_sides():
+    tokenizer = tiny_tokenizer()
+    blocks = torch.randint(1, 300, (8, 24), generator=torch.Generator().manual_seed(0))
+    blocks[:, 0] = tokenizer.bos_token_id
+    gap = 18  # starts at 2 to 5
+    others = blocks.clone()
+    others[:, 6:] = blocks[:, 6:].flip(0)  # what stands in the gap from 6 on, and after it
+    filled = {}
+    for name, (model, words) in {"ar": (tiny_model(vocab=320), tokenizer), "diffusion": tiny_diffusion()}.items():
+        filled[name] = [infilling(model, words, rows, gap=gap, precision="fp32").filled for rows in (blocks, others)]
+    assert torch.equal(*filled["ar"]) and not torch.equal(*filled["diffusion"])
+
+
+def test_a_gap_without_words_has_no_rouge_and_one_that_does_not_fit_is_refused():
+    tokenizer = tiny_tokenizer()
+    stops = torch.tensor([tokenizer.bos_token_id, *encode(tokenizer, ["." * 9])[0]])
+    model, tokenizer = knows_by_heart(stops, diffusion=True)
+    quality = infilling(model, tokenizer, stops[None], gap=2, precision="fp32")
+    assert quality.mean["exact_match"] == 1 and math.isnan(quality.mean["rouge1"])
+    assert math.isnan(quality.stderr["exact_match"])  # one block tells nothing about its spread
+    for gap in (0, len(stops) - 2):
+        with pytest.raises(ValueError, match=f"1 to {len(stops) - 3}, got {gap}"):
+            infilling(model, tokenizer, stops[None], gap=gap)
+
+
+def test_progress_is_shown_on_request(capsys):
+    model, tokenizer = tiny_diffusion()
+    blocks = torch.randint(1, 300, (4, 16), generator=torch.Generator().manual_seed(0))
+    for progress in (False, True):
+        infilling(model, tokenizer, blocks, gap=2, progress=progress)
+        shown = capsys.readouterr()
+        assert shown.out == "" and ("infilling" in shown.err) == progress
