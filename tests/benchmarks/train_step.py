@@ -1,6 +1,6 @@
 """One training step of ours beside the plain loops: tokens per second, peak memory, and the share of the machine used.
 
-    ours      masked positions only, fused AdamW, no dropout, the processor's own precision
+    ours      masked positions only, fused GELU and AdamW, no dropout, the processor's own precision
     plain     every position's logits, a dense mask for each sequence, the same precision, no dropout
     released  plain in float32 with dropout 0.1, as the authors' release would run on this machine
     ar        ordinary AR finetuning through transformers' own loss, in our precision
@@ -20,22 +20,23 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from dalm_utils import annealed_mask, corrupt, diffusion_loss, sample_times
-from dalm_utils.backbone import autocast, pick_precision
+from dalm_utils.backbone import autocast, fuse_gelu, pick_precision
 from tests.benchmarks import finish, in_turns, machine
 
 CPU = torch.device("cpu")
 WAYS = ("ours", "plain", "released", "ar")
 
 
-def make(size: str, dropout: float, positions: int) -> PreTrainedModel:
-    """A model of this size with random weights; the last token is [MASK]."""
+def make(size: str, dropout: float, positions: int, vocab: int | None = None) -> PreTrainedModel:
+    """A model of this size with random weights, as transformers makes it; the last token is [MASK]."""
     torch.manual_seed(0)
     if size == "smollm2":
         shape = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9)
         config = LlamaConfig(
-            vocab_size=49_153,
+            vocab_size=vocab or 49_153,
             num_key_value_heads=3,
             tie_word_embeddings=True,
             max_position_embeddings=positions,
@@ -44,8 +45,8 @@ def make(size: str, dropout: float, positions: int) -> PreTrainedModel:
         model = LlamaForCausalLM(config)
     else:
         shape = {
-            "laptop": dict(vocab_size=8_193, n_layer=4, n_embd=288, n_head=3),
-            "gpt2": dict(vocab_size=50_258),
+            "laptop": dict(vocab_size=vocab or 8_193, n_layer=4, n_embd=288, n_head=3),
+            "gpt2": dict(vocab_size=vocab or 50_258),
         }[size]
         rates = dict(resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout)
         model = GPT2LMHeadModel(GPT2Config(n_positions=positions, bos_token_id=0, eos_token_id=0, **shape, **rates))
@@ -53,9 +54,12 @@ def make(size: str, dropout: float, positions: int) -> PreTrainedModel:
     return model.train()
 
 
-def stepper(way: str, size: str, batch: int, length: int) -> Callable[[], None]:
+def stepper(
+    way: str, size: str, batch: int, length: int, vocab: int | None = None, accumulate: int = 1
+) -> Callable[[], None]:
     """A function that takes one whole training step, the noise included."""
-    model = make(size, 0.1 if way == "released" else 0.0, length)
+    model = make(size, 0.1 if way == "released" else 0.0, length, vocab)
+    model = fuse_gelu(model) if way == "ours" else model
     precision = "fp32" if way == "released" else "auto"
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=way == "ours")
     mask_id = model.config.mask_token_id
@@ -84,25 +88,25 @@ def stepper(way: str, size: str, batch: int, length: int) -> Callable[[], None]:
     loss_of = {"ours": ours, "ar": ar}.get(way, plain)
 
     def step() -> None:
-        with autocast(CPU, precision):
-            loss = loss_of()
-        loss.backward()
+        for _ in range(accumulate):
+            with autocast(CPU, precision):
+                loss = loss_of() / accumulate
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-    step.work = work(model, batch, length)
+    step.work = accumulate * work(model, batch, length)
     return step
 
 
 def work(model: PreTrainedModel, batch: int, length: int) -> float:
     """Multiplications and additions of our step, forward and backward; half of the positions meet the head."""
-    table = model.get_input_embeddings().weight.numel()
-    inside = sum(p.numel() for p in model.parameters() if p.dim() == 2) - table
-    inside -= model.transformer.wpe.weight.numel() if hasattr(model, "transformer") else 0
-    config, tokens = model.config, batch * length
-    attention = 12 * config.num_hidden_layers * config.hidden_size * length
-    return tokens * (6 * inside + attention + 0.5 * 6 * table)
+    head = model.get_output_embeddings()
+    matrices = (m for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head)
+    inside = sum(matrix.weight.numel() for matrix in matrices)
+    attention = 12 * model.config.num_hidden_layers * model.config.hidden_size * length
+    return batch * length * (6 * inside + attention + 0.5 * 6 * head.weight.numel())
 
 
 def gemm_rate(seconds_of: Callable, size: int = 2048) -> float:
@@ -112,10 +116,10 @@ def gemm_rate(seconds_of: Callable, size: int = 2048) -> float:
     return 2 * size**3 / seconds_of({"gemm": lambda: a @ b}, 20)["gemm"]
 
 
-def peak(way: str, size: str, batch: int, length: int) -> float:
-    """GiB of a fresh process that takes three steps."""
+def alone(way: str, size: str, **numbers: int) -> dict[str, float]:
+    """A fresh process that takes a few steps: median seconds of one, and its peak memory in GiB."""
     command = [sys.executable, "-m", "tests.benchmarks.train_step", "--only", way, "--sizes", size]
-    command += ["--batch", str(batch), "--length", str(length)]
+    command += [word for name, number in numbers.items() for word in (f"--{name}", str(number))]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -126,13 +130,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=WAYS, help="take three steps in one way and print this process's peak memory")
+    parser.add_argument("--vocab", type=int, help="another vocabulary than the size has")
+    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--only", choices=WAYS, help="one way alone, in this process: its seconds and peak memory")
     asked = parser.parse_args()
     if asked.only:
-        step = stepper(asked.only, asked.sizes[0], asked.batch, asked.length)
-        for _ in range(3):
-            step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        step = stepper(asked.only, asked.sizes[0], asked.batch, asked.length, asked.vocab, asked.accumulate)
+        seconds = in_turns({"step": step}, asked.rounds)["step"]
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(json.dumps({"seconds": seconds, "gib": held, "work": step.work}))
         return
 
     print(machine())
@@ -143,7 +149,8 @@ def main() -> None:
         rate = gemm_rate(in_turns)
         done = steps["ours"].work / seconds["ours"]
         del steps
-        memory = {way: peak(way, size, asked.batch, asked.length) for way in WAYS}
+        shape = dict(batch=asked.batch, length=asked.length, rounds=2)
+        memory = {way: alone(way, size, **shape)["gib"] for way in WAYS}
         print(f"\n{size}, batch {asked.batch}, length {asked.length}, median of {asked.rounds} rounds\n")
         print("| step | tokens/s | peak GiB |\n|---|---|---|")
         for way in WAYS:
