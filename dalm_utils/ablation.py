@@ -98,14 +98,15 @@ def _about(config: RunConfig) -> dict:
     for name, arm in arms(config).items():
         model, words = build(arm)
         held_out = _blocks(config, words, "validation", config.eval_blocks)
-        start[name] = round(nelbo(model, words, held_out, num_samples=config.eval_samples).mean, 4)
+        score = nelbo(model, words, held_out, num_samples=config.eval_samples)
+        start[name] = [round(score.mean, 4), round(score.stderr, 4)]
     return {
         "command": f"python -m dalm_utils.ablation {config.name.removeprefix('shift-')}",
         "date": str(datetime.date.today()),
         "machine": machine(),
         "test": f"{TEST_BLOCKS} test blocks, {TEST_SAMPLES} masks each; the NELBO of each block, nats per token",
         "ar_nll": round(ar_nll(base, tokenizer, _blocks(config, tokenizer, "test", TEST_BLOCKS)).mean, 4),
-        "start": start,  # the NELBO before the first step, on the blocks of the curves
+        "start": start,  # the NELBO before the first step and its standard error, on the blocks of the curves
         "config": {key: value for key, value in vars(config).items() if key != "runs"},
     }
 
@@ -114,7 +115,7 @@ def _result(history: History, config: RunConfig, arm: str) -> dict:
     """What is kept of one run: its curves, and the score of each test block, so that any two can be paired."""
     model, tokenizer = load_diffusion(config.folder.with_name(f"{config.name}-{arm}") / "best", device=config.device)
     score = nelbo(model, tokenizer, _blocks(config, tokenizer, "test", TEST_BLOCKS), num_samples=TEST_SAMPLES)
-    curves = {key: history.series(key, "tokens") for key in ("loss", "nelbo")}
+    curves = {key: history.series(key, "tokens") for key in ("loss", "nelbo", "nelbo_stderr")}
     return {
         "tokens": history.last("tokens"),
         "tokens_per_second": history.last("tokens_per_second"),
@@ -153,6 +154,17 @@ class Recorded:
         if len(values) == 1:
             values = self.scores(worse, steps)[0] - self.scores(better, steps)[0]
         return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+    def history(self, arm: str) -> History:
+        """The curves of an arm's first run, from before its first step on."""
+        run = next(run for run in self.runs if run["arm"] == arm)
+        start, error = self.about["start"][arm]
+        records = {0: {"nelbo": start, "nelbo_stderr": error}}
+        for key, (tokens, values) in run["curves"].items():
+            for seen, value in zip(tokens, values, strict=True):
+                records.setdefault(seen, {})[key] = value
+        steps = {seen: round(seen * run["steps"] / run["tokens"]) for seen in records}
+        return History(records=[{"step": steps[seen], "tokens": seen} | records[seen] for seen in sorted(records)])
 
     def tokens(self, steps: int) -> int:
         """Tokens of training in a run of so many steps."""
