@@ -162,7 +162,9 @@ PROFILES: dict[str, dict[str, dict]] = {
         "laptop": LAPTOP | dict(
             steps=240, warmup_steps=20, anneal_steps=80, eval_every=60, eval_blocks=48, sample_every=60, save_every=120
         ),
-        "real": REAL | dict(steps=300, sample_every=100),
+        "real": REAL | dict(
+            steps=120, warmup_steps=10, anneal_steps=40, eval_every=40, sample_every=60, save_every=60
+        ),
         "full": FULL | dict(
             epochs=10, train_blocks=40_000, warmup_steps=2_000, anneal_steps=10_000, eval_every=1_000,
             sample_every=5_000, save_every=1_000,

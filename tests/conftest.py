@@ -1,11 +1,14 @@
 """Fixtures that several test files share."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from dalm_utils import backbone, run, training
+from dalm_utils import backbone, corpus, run, training
 
 
 @pytest.fixture
@@ -23,3 +26,14 @@ def fp16(monkeypatch):
         monkeypatch.setattr(module, "pick_precision", lambda precision, device: "fp16")
     yield
     AcceleratorState._reset_state()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def prepared_texts_do_not_pile_up(tmp_path_factory):
+    """Take out of the cache what was made there from a text in the tests' own folder."""
+    yield
+    own = str(tmp_path_factory.getbasetemp())
+    for facts in corpus.CACHE.glob("*/facts.json"):
+        if json.loads(facts.read_text())["name"].startswith(own):
+            shutil.rmtree(facts.parent)
+            facts.parent.with_name(f".{facts.parent.name}.lock").unlink(missing_ok=True)

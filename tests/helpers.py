@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from dalm_utils import as_diffusion
+from dalm_utils.backbone import fuse_gelu
 from dalm_utils.config import RunConfig
 
 END = "<|endoftext|>"
@@ -73,7 +74,7 @@ def tiny_model(
         }[family]
         config = config_kind(**shared, **sizes, initializer_range=0.3, intermediate_size=32, **more)
     config._attn_implementation = attention
-    return kind(config).eval()
+    return fuse_gelu(kind(config)).eval()  # as load_base does
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

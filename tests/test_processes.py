@@ -137,6 +137,8 @@ def test_the_shares_of_all_processes_are_the_batch_each_row_once(tmp_path, proce
     rows, seen = torch.arange(2 * processes * accumulate), []
     for index in range(processes):
         run.accelerator = SimpleNamespace(num_processes=processes, process_index=index, device=torch.device("cpu"))
-        seen += [share for (share,) in run._shares(rows)]
+        for share, *_, masked in run._shares(rows, rows, rows % 2 == 0, rows):
+            seen.append(share)
+            assert masked == (share % 2 == 0).sum()
     run.close()
     assert sorted(torch.cat(seen).tolist()) == rows.tolist()
