@@ -208,7 +208,7 @@ class _WeightedNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, weights, mask_id, dtype, needs_grad):
         matrix = weight.to(dtype)  # [V, D]
-        rows = max(64, CHUNK_ELEMENTS[hidden.device.type] // len(matrix))
+        rows = max(256, CHUNK_ELEMENTS[hidden.device.type] // len(matrix))
         nll = torch.empty(len(hidden), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight) if needs_grad else None
@@ -224,7 +224,10 @@ class _WeightedNLL(torch.autograd.Function):
                 slope.scatter_add_(-1, target, torch.full_like(log_total, -1.0)).mul_(weights[part, None])
                 slope = slope.to(dtype)
                 grad_hidden[part] = slope @ matrix
-                grad_weight += slope.T @ source
+                if dtype == grad_weight.dtype:
+                    grad_weight.addmm_(slope.T, source)  # no second [V, D]
+                else:
+                    grad_weight += slope.T @ source
                 if grad_bias is not None:
                     grad_bias += slope.sum(0)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
