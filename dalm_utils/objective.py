@@ -118,6 +118,11 @@ def mask_id_of(model: nn.Module) -> int | None:
     return getattr(model.config, "mask_token_id", None)
 
 
+def chunk_rows(matrix: Tensor) -> int:
+    """How many rows of logits to hold at once, for a head `[V, D]`; a product of fewer would be slow."""
+    return max(256, CHUNK_ELEMENTS[matrix.device.type] // len(matrix))
+
+
 def _finish(logits: Tensor, mask_id: int | None) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if mask_id is not None:
@@ -208,7 +213,7 @@ class _WeightedNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, weights, mask_id, dtype, needs_grad):
         matrix = weight.to(dtype)  # [V, D]
-        rows = max(256, CHUNK_ELEMENTS[hidden.device.type] // len(matrix))
+        rows = chunk_rows(matrix)
         nll = torch.empty(len(hidden), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight) if needs_grad else None

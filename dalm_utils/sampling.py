@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbone import DTYPES, autocast, begin_id, pick_precision
 from .corpus import encode
-from .objective import CHUNK_ELEMENTS, hidden_states, logits_of, seeded
+from .objective import chunk_rows, hidden_states, logits_of, seeded
 
 Parts = list[str | Tensor | int]  # given texts, given token ids `[n]`, and gaps of so many tokens
 
@@ -222,7 +222,7 @@ ORDERS = {
 
 def _measured(model, tokenizer, sources: Tensor, measure: Callable) -> Tensor:
     """`measure` of the predicted distributions, a chunk at a time: `[M]` on the CPU."""
-    chunk = max(64, CHUNK_ELEMENTS[sources.device.type] // len(model.get_output_embeddings().weight))
+    chunk = chunk_rows(model.get_output_embeddings().weight)
     return torch.cat([measure(_logits(model, tokenizer, part).softmax(-1)).cpu() for part in sources.split(chunk)])
 
 
