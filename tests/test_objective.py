@@ -100,17 +100,20 @@ def test_in_bf16_the_loss_and_its_gradient_stay_close():
     assert F.cosine_similarity(gradient.flatten(), model.get_input_embeddings().weight.grad.flatten(), 0) > 0.995
 
 
-def test_a_gpu_is_never_waited_for(monkeypatch):
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gpu_is_never_waited_for(family, ratio, monkeypatch):
     monkeypatch.setitem(objective.CHUNK_ELEMENTS, "meta", 2**20)
     monkeypatch.setattr(objective, "_matmul_dtype", lambda tensor: tensor.dtype)
-    model, _ = tiny_diffusion()
+    model, _ = tiny_diffusion(family)
     tokens, noised, masked, times = noisy_batch()
-    count = int(masked.sum())
-    known = diffusion_loss(model, tokens, noised, masked, times, num_masked=count)
-    assert torch.equal(known.loss, diffusion_loss(model, tokens, noised, masked, times).loss)
+    count, mask = int(masked.sum()), annealed_mask(12, ratio, generator=torch.Generator().manual_seed(0))
+    known = diffusion_loss(model, tokens, noised, masked, times, attention_mask=mask, num_masked=count)
+    assert torch.equal(known.loss, diffusion_loss(model, tokens, noised, masked, times, attention_mask=mask).loss)
 
     model, *batch = (x.to("meta") for x in (model, tokens, noised, masked, times))  # shapes without values
-    diffusion_loss(model, *batch, num_masked=count).loss.backward()
+    mask = None if mask is None else mask.to("meta")
+    diffusion_loss(model, *batch, attention_mask=mask, num_masked=count).loss.backward()
     assert all(p.grad.shape == p.shape for p in model.parameters())
     with pytest.raises(RuntimeError, match="meta"):  # whatever asks for a value is refused there
         diffusion_loss(model, *batch)
