@@ -235,11 +235,14 @@ class _WeightedNLL(torch.autograd.Function):
                     grad_weight += slope.T @ source
                 if grad_bias is not None:
                     grad_bias += slope.sum(0)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.grads = grad_hidden, grad_weight, grad_bias
         ctx.mark_non_differentiable(nll)
         return (nll * weights).sum(), nll
 
     @staticmethod
     def backward(ctx, grad_total, _):
-        grads = [None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors]
+        if ctx.grads is None:
+            raise RuntimeError("this loss was differentiated before; its gradients are not kept, compute it again")
+        grads, ctx.grads = ctx.grads, None  # handed on, not copied: the one of the head is as large as the head
+        grads = [None if grad is None else grad.mul_(grad_total) for grad in grads]
         return *grads, None, None, None, None, None

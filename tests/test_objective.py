@@ -119,6 +119,15 @@ def test_a_gpu_is_never_waited_for(family, ratio, monkeypatch):
         diffusion_loss(model, *batch)
 
 
+def test_a_loss_is_differentiated_once():
+    model, _ = tiny_diffusion()
+    tokens, noised, masked, times = noisy_batch()
+    loss = diffusion_loss(model, tokens, noised, masked, times).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="compute it again"):
+        loss.backward()
+
+
 def test_without_gradients_none_are_computed(monkeypatch):
     model, _ = tiny_diffusion()
     batch = noisy_batch()
