@@ -73,7 +73,8 @@ def open_edges(ratio: float, seed: int, device: torch.device | str = "cpu") -> C
         seed: 32 bits; another one for each step.
         device: where attention runs; both numbers live there, so that a new step does not compile anew.
     """
-    below, salt = (torch.tensor(number, device=device) for number in (int(ratio * 2**32), seed & 0xFFFFFFFF))
+    numbers = int(ratio * 2**32), seed & 0xFFFFFFFF
+    below, salt = (torch.full((), number, dtype=torch.long, device=device) for number in numbers)
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         bits = (q.long() * 0x9E3779B1 + k.long() * 0x85EBCA77 + salt) & 0xFFFFFFFF
