@@ -69,6 +69,7 @@ def record(config: RunConfig, plan: list[tuple], path: Path) -> None:
         SystemExit: the user stopped it; called again it continues.
     """
     done = json.loads(path.read_text())["runs"] if path.exists() else []
+    about = None
     for names, steps, seed in plan:
         group = budget(config, steps, seed)
         steps = group.train_blocks // group.batch
@@ -82,8 +83,9 @@ def record(config: RunConfig, plan: list[tuple], path: Path) -> None:
             {"arm": name, "steps": steps, "seed": seed, **_result(history, configs[name], name)}
             for name, history in histories.items()
         ]
+        about = about or _about(config)
         path.parent.mkdir(exist_ok=True)
-        write_file(path, _as_json(_about(config) | {"runs": done}))
+        write_file(path, _as_json(about | {"runs": done}))
 
 
 def _as_json(content: dict) -> str:

@@ -56,7 +56,7 @@ def _cpu_is_faster_in_bf16() -> bool:
 def keep_memory() -> None:
     """Tell glibc, for the whole process, to keep what is freed, so that the next large tensor finds memory in place.
 
-    Otherwise it goes back to the kernel and comes again page by page, zeroed: a fifth of a CPU step of GPT-2 124M.
+    Otherwise it goes back to the kernel and comes again page by page, zeroed, at every step of a large model on a CPU.
     Where there is no glibc nothing happens.
     """
     m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # their numbers in malloc.h

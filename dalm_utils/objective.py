@@ -159,7 +159,7 @@ def diffusion_loss(
 
     Args:
         tokens, noised: `[B, L]` long; masked: `[B, L]` bool; times: `[B]`.
-        attention_mask: additive `[1, 1, L, L]` from `annealed_mask`, or None.
+        attention_mask: additive `[1, 1, L, L]` from `annealed_mask`, a block mask under flex attention, or None.
         shift: the hidden state at i-1 predicts token i (True), or the one at i (False).
         num_masked: how many positions are masked, from a caller that knows, and knows that position 0 is not one of
             them: a GPU then need not be waited for.

@@ -480,8 +480,10 @@ def _attending(model: PreTrainedModel, mask: Tensor | BlockMask | None) -> Itera
     usual = model.config._attn_implementation
     if isinstance(mask, BlockMask):
         model.config._attn_implementation = "flex_attention"
-    yield
-    model.config._attn_implementation = usual
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = usual
 
 
 def _set_dropout(model: nn.Module, share: float) -> None:

@@ -10,12 +10,12 @@ for each token and unit of width). Bytes say whether the memory would be the lim
 from __future__ import annotations
 
 import argparse
-import json
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from dalm_utils import load_config
+from tests.benchmarks import finish
 from tests.benchmarks.train_step import work
 
 ARMS = {"gpt2": 1, "shift": 2, "galactica": 1}  # runs of each notebook's `full` profile, its from-scratch arm left out
@@ -65,8 +65,7 @@ def main() -> None:
             f"| {notebook} | {c['steps']:,} | {c['step'] / 1e12:.2f} | {c['moved'] / 1e9:.1f} "
             f"| {c['step'] / rate * 1e3:.0f} | {bytes_ms:.0f} | {minutes[notebook]:.1f} |"
         )
-    if asked.json:
-        print(json.dumps({f"minutes_{name}": round(value, 3) for name, value in minutes.items()}))
+    finish({f"minutes_{name}": value for name, value in minutes.items()}, asked.json)
 
 
 if __name__ == "__main__":

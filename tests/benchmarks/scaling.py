@@ -1,19 +1,17 @@
 """How one training step of ours grows: tokens per second and peak memory against L, V, B and accumulation.
 
-Each point is a fresh process on the laptop base's shape, one number changed at a time. The ideal lines say what the
-arithmetic alone would give from the first point on: time in proportion to operations, memory to tokens or words.
-`--picture FILE` draws them.
+Each point is a fresh process on the laptop base's shape, one number changed at a time. `--picture FILE` draws them,
+beside the tokens per second that the best rate of operations seen in the run would give.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from tests.benchmarks import machine
+from tests.benchmarks import finish, machine
 from tests.benchmarks.train_step import alone
 
 USUAL = dict(batch=8, length=256, vocab=8_193, accumulate=1)
@@ -76,9 +74,8 @@ def main() -> None:
     results = {name: sweep(name, values, asked.rounds) for name, values in SWEEPS.items()}
     if asked.picture:
         draw(results, asked.picture)
-    if asked.json:
-        speeds = {name: [point["tokens_per_second"] for point in points] for name, points in results.items()}
-        print(json.dumps({f"last_over_first_{name}": round(s[-1] / s[0], 4) for name, s in speeds.items()}))
+    speeds = {name: [point["tokens_per_second"] for point in points] for name, points in results.items()}
+    finish({f"last_over_first_{name}": speed[-1] / speed[0] for name, speed in speeds.items()}, asked.json)
 
 
 if __name__ == "__main__":
