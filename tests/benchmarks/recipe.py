@@ -34,7 +34,7 @@ LEVERS = dict(
     counts=0,  # 1: an exact number of masked tokens instead of independent coins
     tmax=1.0, grow=0.0,  # times up to tmax; reached only after this share of the run
     pairs=0,  # 1: half as many blocks, each twice, masked where the other one is not
-    begin="mean",  # [MASK] starts as the mean embedding, as zero, as the begin token (bos), or as a token so written
+    begin="mean",  # [MASK] starts as the mean embedding, that at a token's usual norm (scaled), zero, bos, or a token
     soft=0.0,  # look-ahead edges all open, their weight in attention growing as ratio ** soft
     window=0,  # 1: look-ahead opens as a window that grows, not edge by edge
     ar=0.0,  # weight of the AR loss on the clean text
@@ -248,6 +248,18 @@ def parse(recipe: str) -> tuple[dict, dict]:
     return fields, levers
 
 
+@torch.no_grad()
+def _begin(model, tokenizer, kind: str) -> None:
+    """Let [MASK] start as something else than the mean of all embeddings."""
+    table, mask_id = model.get_input_embeddings().weight, tokenizer.mask_token_id
+    if kind == "zero":
+        table[mask_id] = 0
+    elif kind == "scaled":
+        table[mask_id] *= table[:mask_id].norm(dim=1).mean() / table[mask_id].norm()
+    elif kind != "mean":
+        table[mask_id] = table[tokenizer.bos_token_id if kind == "bos" else tokenizer.encode(kind)[0]]
+
+
 def trial(recipe: str, tokens: float, seed: int) -> dict:
     """Adapt the base by one recipe; its figures."""
     fields, levers = parse(recipe)
@@ -261,12 +273,7 @@ def trial(recipe: str, tokens: float, seed: int) -> dict:
             eval_every=10**9, sample_every=0, save_every=10**9, log_every=max(1, steps // 10), **fields,
         )  # fmt: skip
         model, tokenizer = loop.build(config)
-        if levers["begin"] != "mean":
-            ids = {"zero": None, "bos": tokenizer.bos_token_id}
-            token = ids[levers["begin"]] if levers["begin"] in ids else tokenizer.encode(levers["begin"])[0]
-            table = model.get_input_embeddings().weight
-            with torch.no_grad():
-                table[tokenizer.mask_token_id] = 0 if token is None else table[token]
+        _begin(model, tokenizer, levers["begin"])
         run = Trial(model, tokenizer, config, _accelerator(config), resume="never")
         run.average = [p.detach().clone() for p in model.parameters()] if levers["ema"] else []
         run._evaluate = dict
