@@ -32,7 +32,7 @@ LEVERS = dict(
     anneal=1 / 3, warmup=1 / 12,  # shares of the run
     power=1.0,  # a masked token weighs t ** -power
     counts=0,  # 1: an exact number of masked tokens instead of independent coins
-    tmax=1.0, grow=0.0,  # times up to tmax; reached only after this share of the run
+    grow=0.0,  # times up to 1 only after this share of the run
     pairs=0,  # 1: half as many blocks, each twice, masked where the other one is not
     begin="mean",  # [MASK] starts as the mean embedding, that at a token's usual norm (scaled), zero, bos, or a token
     soft=0.0,  # look-ahead edges all open, their weight in attention growing as ratio ** soft
@@ -82,10 +82,8 @@ class Trial(loop.Run):
         tokens = self.blocks[[self._block_at(step * rows + i) for i in range(rows)]]
         draws = {purpose: seeded(config.seed, step, purpose) for purpose in ("times", "corruption")}
         times = sample_times(rows, method=config.times, eps=config.eps, generator=draws["times"])
-        top = levers["tmax"]
         if levers["grow"]:
-            top = min(top, 0.2 + 0.8 * step / (levers["grow"] * self.total))
-        times = top * times
+            times = times * min(1.0, 0.2 + 0.8 * step / (levers["grow"] * self.total))
         coins = torch.rand(tokens.shape, generator=draws["corruption"])
         if levers["counts"]:
             wanted = (times * (config.length - 1)).ceil().clamp(min=1)
@@ -110,7 +108,7 @@ class Trial(loop.Run):
         if fade > 0 and (levers["ar"] or self.teacher):
             self._extra(fade)
         norm = super()._optimize()
-        if self.levers["ema"]:
+        if levers["ema"]:
             decay = min(levers["ema"], (1 + self.step) / (10 + self.step))
             with torch.no_grad():
                 for kept, now in zip(self.average, self.model.parameters(), strict=True):
@@ -131,7 +129,7 @@ class Trial(loop.Run):
         if self.teacher is None:
             return
         rows, columns = masked.nonzero(as_tuple=True)
-        weights = times[rows] ** -1.0  # times are already what makes the weight
+        weights = 1 / times[rows]  # what `_batch` calls times is one over the weight
         positions = torch.arange(tokens.shape[1])[None]
         ask = dict(position_ids=positions, use_cache=False, output_hidden_states=True)
         with torch.no_grad():
@@ -144,7 +142,7 @@ class Trial(loop.Run):
             own = logits_of(self.model, mine[-1][rows, columns - 1]).log_softmax(-1)
             keep = torch.arange(own.shape[-1]) != mask_id_of(self.model)
             kl = F.kl_div(own[:, keep], target[:, keep], reduction="none", log_target=True).sum(-1)
-            loss = loss + self.levers["distill"] * (kl * weights).sum() / (1 / times[rows]).sum()
+            loss = loss + self.levers["distill"] * (kl * weights).sum() / weights.sum()
         if self.levers["align"]:
             own, target = mine[-1][rows, columns - 1], wise[-1][rows, columns - 1]
             error = (own - target).square().mean(-1) / target.square().mean()
@@ -240,7 +238,7 @@ def parse(recipe: str) -> tuple[dict, dict]:
         name = {"lr": "learning_rate"}.get(name, name)
         if name == "released":
             fields |= {k: v for k, v in RELEASED.items() if k not in LEVERS}
-            levers["anneal"] = RELEASED["anneal"]
+            levers |= {k: v for k, v in RELEASED.items() if k in LEVERS}
         elif name in LEVERS:
             levers[name] = type(LEVERS[name])(value)
         else:
