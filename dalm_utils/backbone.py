@@ -18,6 +18,7 @@ from .objective import hidden_states, mask_id_of
 
 transformers.logging.disable_progress_bar()  # weights of this size load and save in a moment
 
+LIKE = " the"  # as [MASK] starts: a word that blocks know, and that says little about what stands beside it
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the matrix products
 
 
@@ -181,8 +182,8 @@ def as_diffusion(
     plain transformers gives back the same model.
 
     Args:
-        mask_token: an existing special token to use as [MASK], one that no text contains; None adds a new one,
-            whose embedding, and row of the head, start as the mean of those of all the tokenizer's tokens.
+        mask_token: an existing special token to use as [MASK], one that no text contains, and which keeps its
+            embedding; None adds a new one, which starts as a copy of a common word, `LIKE`.
         shift: whether the logits at i-1 predict token i.
 
     Raises:
@@ -200,7 +201,7 @@ def as_diffusion(
         )
     if mask_token is None:
         tokenizer.add_special_tokens({"mask_token": "[MASK]"})
-        _set_mean_embedding(model, tokenizer)
+        _start_as_word(model, tokenizer)
     else:
         unusable = _why_not_mask(mask_token, tokenizer, frozen)
         if unusable:
@@ -226,13 +227,13 @@ def _why_not_mask(token: str, tokenizer: PreTrainedTokenizerBase, frozen: int | 
 
 
 @torch.no_grad()
-def _set_mean_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _start_as_word(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     mask_id, rows = tokenizer.mask_token_id, len(model.get_input_embeddings().weight)
     if mask_id >= rows:
         model.resize_token_embeddings(mask_id + 1, mean_resizing=False)
-    real = sorted(i for i in tokenizer.get_vocab().values() if i < rows and i != mask_id)  # rows may be padded to 64s
+    word = tokenizer.encode(LIKE, add_special_tokens=False)[-1]
     for table in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
-        table[mask_id] = table[real].mean(0)
+        table[mask_id] = table[word]
 
 
 @torch.no_grad()
