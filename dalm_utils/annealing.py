@@ -54,11 +54,11 @@ def annealed_mask(
     _check(length, ratio)
     if ratio == 1.0:
         return None
-    visible = torch.ones(length, length, dtype=torch.bool).tril()  # [L, L]: query i sees keys j <= i
+    where = generator.device if generator is not None else device
+    visible = torch.ones(length, length, dtype=torch.bool, device=where).tril()  # [L, L]: query i sees keys j <= i
     if ratio > 0.0:
-        where = generator.device if generator is not None else "cpu"
-        visible = visible.to(where) | (torch.rand(length, length, generator=generator, device=where) < ratio)
-    mask = torch.zeros(length, length, dtype=dtype).to(visible.device).masked_fill_(~visible, float("-inf"))
+        visible |= torch.rand(length, length, generator=generator, device=where) < ratio
+    mask = torch.zeros(length, length, dtype=dtype, device=where).masked_fill_(~visible, float("-inf"))
     return mask[None, None].to(device, non_blocking=True)
 
 

@@ -33,6 +33,7 @@ class RunConfig:
     normalize: str = "maskable"  # divide by maskable tokens (the NELBO) or masked ones (the paper's code)
     times: str = "stratified"  # how t is drawn: stratified over the global batch, or uniform
     eps: float = 1e-3  # the smallest t
+    distill: float = 0.0  # share of the target that the frozen base predicts; fades to 0 over the run (not if scratch)
 
     # the optimizer
     length: int = 512  # tokens in a block, begin token included
@@ -101,9 +102,12 @@ class RunConfig:
         for name in ("warmup_steps", "weight_decay", "sample_every", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("final_lr", "dropout", "beta2", "eps"):
-            if not 0 <= getattr(self, name) < 1 and not (name == "final_lr" and self.final_lr == 1):
+        for name in ("dropout", "beta2", "eps"):
+            if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in ("final_lr", "distill"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if self.eps == 0:
             raise ValueError("eps must be above 0: the loss divides by t, and t is drawn from [eps, 1]")
         if self.length < 2:

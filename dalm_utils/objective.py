@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .annealing import annealed_mask
+
 CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # logits held at once: what a cache holds, what keeps a GPU busy
 
 
@@ -95,7 +97,8 @@ class DiffusionLoss:
     """What one batch says, in nats."""
 
     loss: Tensor  # scalar: total over the count that `normalize` names
-    total: Tensor  # scalar: sum over masked tokens of nll / t
+    total: Tensor  # scalar: sum over masked tokens of (cross entropy with the target) / t
+    nll: Tensor  # scalar: sum over masked tokens of nll / t, which is total unless a teacher has a part in the target
     token_nll: Tensor  # [num_masked] unweighted, in the order of masked.nonzero(); carries no gradient
     num_masked: int
     num_maskable: Tensor  # scalar, long
@@ -110,7 +113,7 @@ def hidden_states(model: nn.Module, tokens: Tensor, attention_mask: Tensor | Non
 
 def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
     """Logits `[..., V]` in float32 at least; [MASK], where the model has one, gets no probability."""
-    return _finish(model.get_output_embeddings()(hidden), mask_id_of(model))
+    return _forbid(_at_least_float32(model.get_output_embeddings()(hidden)), mask_id_of(model))
 
 
 def mask_id_of(model: nn.Module) -> int | None:
@@ -123,9 +126,12 @@ def chunk_rows(matrix: Tensor) -> int:
     return max(256, CHUNK_ELEMENTS[matrix.device.type] // len(matrix))
 
 
-def _finish(logits: Tensor, mask_id: int | None) -> Tensor:
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if mask_id is not None:
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _forbid(logits: Tensor, mask_id: int | None) -> Tensor:
+    if mask_id is not None and mask_id < logits.shape[-1]:
         logits[..., mask_id] = -torch.inf
     return logits
 
@@ -148,8 +154,13 @@ def diffusion_loss(
     normalize: str = "maskable",
     maskable: Tensor | None = None,
     num_masked: int | None = None,
+    teacher: nn.Module | None = None,
+    share: float = 0.0,
 ) -> DiffusionLoss:
     """`1/N * sum over sequences of (1/t) * sum over masked i of -log p(x0_i | x_t)`.
+
+    With a teacher, the AR model that the other one was made from, the target at i is not the token alone but
+    `(1 - share) * token + share * teacher's prediction of token i from the clean text before it`.
 
     With `normalize="maskable"` N counts the maskable tokens: an unbiased estimate of the negative ELBO
     per token (arXiv 2406.03736, equation 8).  `"masked"` divides by the number of masked tokens, as the code
@@ -163,9 +174,11 @@ def diffusion_loss(
         shift: the hidden state at i-1 predicts token i (True), or the one at i (False).
         num_masked: how many positions are masked, from a caller that knows, and knows that position 0 is not one of
             them: a GPU then need not be waited for.
+        teacher: a frozen causal LM with the same tokens; [MASK] may be missing in it.
+        share: its part of the target, in [0, 1].
 
     Raises:
-        ValueError: position 0 is masked under the shift, or an unknown normalisation.
+        ValueError: position 0 is masked under the shift or with a teacher, or an unknown normalisation.
     """
     if normalize not in ("maskable", "masked"):
         raise ValueError(f"normalize must be maskable or masked, got {normalize!r}")
@@ -177,57 +190,80 @@ def diffusion_loss(
     # 2. Where each masked token is predicted: one position to the left under the shift.
     if num_masked is None:
         num_masked = int(masked.sum())
-        if shift and bool(masked[:, 0].any()):
+        if (shift or teacher is not None) and bool(masked[:, 0].any()):
             raise ValueError(
-                "position 0 is masked, but under the shift no position predicts it; begin with a begin token"
+                "position 0 is masked, but under the shift, and by a teacher, it is predicted nowhere; "
+                "begin with a begin token"
             )
     rows, columns = masked.nonzero_static(size=num_masked).unbind(1)  # [M], [M]
     sources = hidden[rows, columns - 1 if shift else columns]  # [M, D]
 
-    # 3. Negative log-likelihoods there, and only there, weighed by 1/t.
+    # 3. What the teacher, which sees all that comes before, would say there.
+    known = None
+    if teacher is not None and share > 0:
+        with torch.no_grad():
+            # The mask is what the teacher does anyway; without one transformers waits for the GPU to look for padding.
+            closed = annealed_mask(tokens.shape[1], 0.0, dtype=teacher.dtype, device=tokens.device)
+            known = hidden_states(teacher, tokens, closed)[rows, columns - 1]  # [M, D']
+
+    # 4. Cross entropies there, and only there, weighed by 1/t.
     head = model.get_output_embeddings()
+    weights = 1.0 / times[rows]
     total, token_nll = _WeightedNLL.apply(
         sources,
         head.weight,
         head.bias,
         tokens[rows, columns],
-        1.0 / times[rows],
+        weights,
         mask_id_of(model),
         _matmul_dtype(sources),
         torch.is_grad_enabled(),
+        None if known is None else (known, teacher.get_output_embeddings(), share),
     )
 
-    # 4. Divide by a count that does not depend on the draw.
+    # 5. Divide by a count that does not depend on the draw.
     num_maskable = maskable.sum()
     count = num_maskable if normalize == "maskable" else max(num_masked, 1)
-    return DiffusionLoss(total / count, total, token_nll, num_masked, num_maskable)
+    nll = total.detach() if known is None else (token_nll * weights).sum()
+    return DiffusionLoss(total / count, total, nll, token_nll, num_masked, num_maskable)
 
 
 class _WeightedNLL(torch.autograd.Function):
-    """`sum_i weight_i * -log softmax(h_i W^T + b)[y_i]`, never holding more than a chunk of logits.
+    """`sum_i weight_i * -sum_v target_iv * log softmax(h_i W^T + b)_v`, never holding more than a chunk of logits.
 
-    The gradient of a chunk is known as soon as its softmax is, so it is taken on the spot and the logits are
-    forgotten; the backward pass only scales it.  Exact, and cheaper than recomputing the logits.
+    The target is the token y_i; with a teacher (its hidden states, its head, its share) a mixture of the token and
+    the teacher's softmax.  The gradient of a chunk, (softmax - target) times the weight, is known as soon as its
+    softmax is, so it is taken on the spot and the logits are forgotten; the backward pass only scales it.  Exact,
+    and cheaper than recomputing the logits.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, weights, mask_id, dtype, needs_grad):
+    def forward(ctx, hidden, weight, bias, targets, weights, mask_id, dtype, needs_grad, teaching=None):
         matrix = weight.to(dtype)  # [V, D]
         rows = chunk_rows(matrix)
         nll = torch.empty(len(hidden), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
+        loss = nll if teaching is None else torch.empty_like(nll)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight) if needs_grad else None
         grad_bias = torch.zeros_like(bias) if needs_grad and bias is not None else None
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            source, target = hidden[part].to(dtype), targets[part, None]
-            logits = _finish(F.linear(source, matrix, None if bias is None else bias.to(dtype)), mask_id)
-            log_total = logits.logsumexp(-1, keepdim=True)  # [m, 1]
-            nll[part] = (log_total - logits.gather(-1, target))[:, 0]
+            source, target, share = hidden[part].to(dtype), targets[part, None], 0.0
+            logits = _at_least_float32(F.linear(source, matrix, None if bias is None else bias.to(dtype)))
+            if teaching is not None:
+                belief, share = _belief(part, mask_id, dtype, *teaching)  # [m, V'], V' <= V
+                expected = torch.linalg.vecdot(belief, logits[:, : belief.shape[1]])  # where [MASK] still is finite
+            logits = _forbid(logits, mask_id)
+            log_total, right = logits.logsumexp(-1, keepdim=True), logits.gather(-1, target)  # [m, 1]
+            nll[part] = (log_total - right)[:, 0]
+            if teaching is not None:
+                loss[part] = nll[part] + share * (right[:, 0] - expected)
             if needs_grad:
                 slope = logits.sub_(log_total).exp_()  # softmax [m, V]
-                slope.scatter_add_(-1, target, torch.full_like(log_total, -1.0)).mul_(weights[part, None])
-                slope = slope.to(dtype)
+                slope.scatter_add_(-1, target, torch.full_like(log_total, share - 1.0))
+                if teaching is not None:
+                    slope[:, : belief.shape[1]].sub_(belief, alpha=share)
+                slope = slope.mul_(weights[part, None]).to(dtype)
                 grad_hidden[part] = slope @ matrix
                 if dtype == grad_weight.dtype:
                     grad_weight.addmm_(slope.T, source)  # no second [V, D]
@@ -237,7 +273,7 @@ class _WeightedNLL(torch.autograd.Function):
                     grad_bias += slope.sum(0)
         ctx.grads = grad_hidden, grad_weight, grad_bias
         ctx.mark_non_differentiable(nll)
-        return (nll * weights).sum(), nll
+        return (loss * weights).sum(), nll
 
     @staticmethod
     def backward(ctx, grad_total, _):
@@ -245,4 +281,11 @@ class _WeightedNLL(torch.autograd.Function):
             raise RuntimeError("this loss was differentiated before; its gradients are not kept, compute it again")
         grads, ctx.grads = ctx.grads, None  # handed on, not copied: the one of the head is as large as the head
         grads = [None if grad is None else grad.mul_(grad_total) for grad in grads]
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None
+
+
+def _belief(part: slice, mask_id, dtype, known: Tensor, head: nn.Module, share: float) -> tuple[Tensor, float]:
+    """The teacher's softmax for a chunk, with nothing for [MASK], and its share."""
+    bias = None if head.bias is None else head.bias.to(dtype)
+    logits = F.linear(known[part].to(dtype), head.weight.to(dtype), bias)
+    return _forbid(_at_least_float32(logits), mask_id).softmax(-1), share

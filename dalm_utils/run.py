@@ -37,7 +37,7 @@ from .annealing import anneal_ratio, annealed_block_mask, annealed_mask
 from .backbone import DTYPES, as_diffusion, load_base, mask_id_of, pick_precision, randomize, save_diffusion
 from .checkpoint import History, RunFolder
 from .config import FREE_FIELDS, RunConfig
-from .corpus import Blocks, load_corpus
+from .corpus import Blocks, load_corpus, tokenizer_digest
 from .evaluation import ar_nll, nelbo
 from .objective import corrupt, default_maskable, diffusion_loss, sample_times, seeded
 from .sampling import generate
@@ -71,13 +71,13 @@ class Objective(nn.Module):
         self.model, self.shift = model, shift
         self._no_split_modules = model._no_split_modules  # what FSDP wraps one by one
 
-    def forward(self, tokens, noised, masked, times, num_masked, attention_mask):
-        """The weighted sum of negative log-likelihoods, and how many of them are saturated."""
+    def forward(self, tokens, noised, masked, times, num_masked, attention_mask, teacher, share):
+        """What is minimised, the weighted sum of negative log-likelihoods, and how many of them are saturated."""
         loss = diffusion_loss(
-            self.model, tokens, noised, masked, times,
-            attention_mask=attention_mask, shift=self.shift, num_masked=num_masked,
+            self.model, tokens, noised, masked, times, attention_mask=attention_mask, shift=self.shift,
+            num_masked=num_masked, teacher=teacher, share=share,
         )  # fmt: skip
-        return loss.total, (loss.token_nll > SATURATED).sum()
+        return loss.total, loss.nll, (loss.token_nll > SATURATED).sum()
 
 
 class Run:
@@ -107,7 +107,8 @@ class Run:
         self.global_batch = config.batch * config.accumulate * accelerator.num_processes
         self.total = config.steps or math.ceil(config.epochs * len(self.blocks) / self.global_batch)
         self.precision = pick_precision(config.precision, accelerator.device)
-        self.mask_dtype = DTYPES[self.precision]
+        self.dtype = DTYPES[self.precision]  # of matrix products, and so of attention masks
+        self.teacher = self._load_teacher() if config.distill and not (config.scratch or self.is_ar) else None
 
         self.step, self.seconds, self.best, self.window_steps = 0, 0.0, math.inf, 0
         self.window_loss = torch.zeros((), device=accelerator.device)
@@ -148,6 +149,22 @@ class Run:
         self.adamw = _adamw(model, config)
         self.adamw.register_step_pre_hook(self._leave_out)
         self.objective, self.optimizer = accelerator.prepare(module, self.adamw)
+
+    def _load_teacher(self) -> PreTrainedModel:
+        """The base as it was, frozen; every process has a whole one."""
+        config = self.config
+        with self.accelerator.main_process_first():
+            teacher, tokenizer = load_base(
+                config.base, hub=config.hub, device=self.accelerator.device, dtype=self.dtype
+            )
+        same = tokenizer_digest(tokenizer) == tokenizer_digest(self.tokenizer)
+        sizes = [len(model.get_output_embeddings().weight) for model in (teacher, self.model)]
+        if mask_id_of(teacher) is not None or not same or sizes[0] > sizes[1]:
+            raise ValueError(
+                f"distill={config.distill} needs the AR model that this one was made from, and base={config.base!r} "
+                "is none or has other tokens; set `base`, or distill=0"
+            )
+        return teacher.requires_grad_(False)
 
     def _leave_out(self, adamw: torch.optim.Optimizer, *_) -> None:
         """Do to every unusable step what the FP16 scaler does to one that overflowed: the fused kernel passes."""
@@ -210,17 +227,18 @@ class Run:
         config, accelerator = self.config, self.accelerator
         tokens, noised, masked, times, count = self._batch()
         attention_mask = self._attention_mask()
+        share = config.distill * (1 - self.step / self.total)
         torch.manual_seed(seeded(config.seed, self.step, f"dropout {accelerator.process_index}").initial_seed())
         self.objective.train()
         saturated = torch.zeros((), dtype=torch.long, device=accelerator.device)
         with _attending(self.model, attention_mask):
-            for part, share in enumerate(self._shares(tokens, noised, masked, times)):
+            for part, rows in enumerate(self._shares(tokens, noised, masked, times)):
                 last = part == config.accumulate - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(self.objective):
-                    total, lost = self.objective(*share, attention_mask)
-                    loss = total * (accelerator.num_processes / count)  # gradients are averaged over processes
-                    accelerator.backward(loss)
-                self.window_loss += loss.detach()
+                    total, nll, lost = self.objective(*rows, attention_mask, self.teacher, share)
+                    scale = accelerator.num_processes / count  # gradients are averaged over processes
+                    accelerator.backward(total * scale)
+                self.window_loss += nll * scale
                 saturated += lost
         self.watch.count(saturated, int(masked.sum()))
         for group in self.optimizer.param_groups:
@@ -240,7 +258,7 @@ class Run:
         draws = seeded(self.config.seed, self.step, "annealing")
         if self.config.attention == "flex":
             return annealed_block_mask(length, ratio, seed=draws.initial_seed(), device=self.accelerator.device)
-        mask = annealed_mask(length, ratio, dtype=self.mask_dtype, generator=draws)
+        mask = annealed_mask(length, ratio, dtype=self.dtype, generator=draws)
         return None if mask is None else self._send(mask)
 
     def _batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:

@@ -132,6 +132,16 @@ def tiny_diffusion(family: str = "gpt2", shift: bool = True, **options):
     return as_diffusion(tiny_model(family, len(tokenizer), **options), tokenizer, shift=shift)
 
 
+def tiny_base(folder) -> str:
+    """Where the AR model lies that `tiny_diffusion` makes a diffusion model of."""
+    path = folder / "base"
+    if not path.exists():
+        tokenizer = tiny_tokenizer()
+        tiny_model(vocab=len(tokenizer)).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    return str(path)
+
+
 def tiny_config(folder, **changes) -> RunConfig:
     """A run of a few steps in fp32 on the CPU, everything under `folder`."""
     text = folder / "texts"

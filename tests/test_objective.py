@@ -62,6 +62,52 @@ def test_loss_and_gradients_equal_the_plain_definition(family, shift, normalize,
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * largest)
 
 
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_with_a_teacher_the_target_is_a_mixture_of_the_token_and_what_the_teacher_says(
+    share, family, shift, monkeypatch
+):
+    monkeypatch.setitem(objective.CHUNK_ELEMENTS, "cpu", 0)
+    model, _ = tiny_diffusion(family, shift, tied=False)
+    teacher = tiny_model(family, vocab=320, seed=1)
+    tokens, noised, masked, times = noisy_batch(shape=(48, 16))
+
+    ours = diffusion_loss(model, tokens, noised, masked, times, shift=shift, teacher=teacher, share=share)
+    ours.loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+
+    logits = model(noised).logits[..., :320]  # [MASK] is never the answer, and the teacher does not know it
+    log_p = logits.log_softmax(-1)
+    says = teacher(tokens).logits.softmax(-1).detach()
+    total, nll = 0.0, 0.0
+    for b, i in masked.nonzero().tolist():
+        target = (1 - share) * F.one_hot(tokens[b, i], 320) + share * says[b, i - 1]
+        p = log_p[b, i - 1 if shift else i]
+        total = total - (target * p).sum() / times[b]
+        nll = nll - p[tokens[b, i]].item() / times[b]
+    plain = total / masked[:, 1:].numel()
+    plain.backward()
+    assert ours.loss.item() == pytest.approx(plain.item(), rel=1e-5)
+    assert ours.nll.item() == pytest.approx(nll.item(), rel=1e-5) and not ours.nll.requires_grad
+    largest = max(float(p.grad.abs().max()) for p in model.parameters())
+    for a, b in zip(gradients, (p.grad for p in model.parameters()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * largest)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_what_a_teacher_says_of_mask_is_left_out():
+    """Where [MASK] was a token of the base already, its share goes to the other tokens."""
+    model, teacher = tiny_diffusion()[0], tiny_model(vocab=321, seed=1)
+    batch = noisy_batch()
+    loss = diffusion_loss(model, *batch, teacher=teacher, share=1.0)
+    loss.loss.backward()
+    assert torch.isfinite(loss.loss) and all(torch.isfinite(p.grad).all() for p in model.parameters())
+    teacher.get_output_embeddings().weight.data[320] += 50.0  # now it would say nothing else
+    assert diffusion_loss(model, *batch, teacher=teacher, share=1.0).loss.item() == pytest.approx(loss.loss.item())
+
+
 def test_shift_reads_one_position_to_the_left_worked_by_hand():
     """Position 2 of [begin, a, MASK, b] is masked: with the shift the logits after `a` predict it."""
     model, _ = tiny_diffusion()
@@ -108,12 +154,14 @@ def test_a_gpu_is_never_waited_for(family, ratio, monkeypatch):
     model, _ = tiny_diffusion(family)
     tokens, noised, masked, times = noisy_batch()
     count, mask = int(masked.sum()), annealed_mask(12, ratio, generator=torch.Generator().manual_seed(0))
-    known = diffusion_loss(model, tokens, noised, masked, times, attention_mask=mask, num_masked=count)
-    assert torch.equal(known.loss, diffusion_loss(model, tokens, noised, masked, times, attention_mask=mask).loss)
+    taught = dict(teacher=tiny_model(family, vocab=320), share=0.5)
+    known = diffusion_loss(model, tokens, noised, masked, times, attention_mask=mask, num_masked=count, **taught)
+    counted = diffusion_loss(model, tokens, noised, masked, times, attention_mask=mask, **taught)
+    assert torch.equal(known.loss, counted.loss)
 
     model, *batch = (x.to("meta") for x in (model, tokens, noised, masked, times))  # shapes without values
-    mask = None if mask is None else mask.to("meta")
-    diffusion_loss(model, *batch, attention_mask=mask, num_masked=count).loss.backward()
+    mask, taught["teacher"] = None if mask is None else mask.to("meta"), taught["teacher"].to("meta")
+    diffusion_loss(model, *batch, attention_mask=mask, num_masked=count, **taught).loss.backward()
     assert all(p.grad.shape == p.shape for p in model.parameters())
     with pytest.raises(RuntimeError, match="meta"):  # whatever asks for a value is refused there
         diffusion_loss(model, *batch)

@@ -6,10 +6,22 @@ import pytest
 import torch
 from accelerate import Accelerator, DistributedType
 
-from dalm_utils import as_diffusion, load_base, load_diffusion, nelbo, train, train_arms, training
+from dalm_utils import (
+    as_diffusion,
+    build,
+    diffusion_loss,
+    load_base,
+    load_diffusion,
+    nelbo,
+    run,
+    save_diffusion,
+    train,
+    train_arms,
+    training,
+)
 from dalm_utils.checkpoint import MACHINE_KEYS
 from dalm_utils.run import Run, learning_rate
-from tests.helpers import tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
+from tests.helpers import tiny_base, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
 
 
 def comparable(history):
@@ -53,7 +65,9 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_split(tmp_path):
     histories = []
     for batch, accumulate in ((8, 1), (4, 2), (1, 8)):
         model, tokenizer = tiny_diffusion()
-        config = tiny_config(tmp_path, name=f"split-{batch}", batch=batch, accumulate=accumulate)
+        config = tiny_config(
+            tmp_path, name=f"split-{batch}", batch=batch, accumulate=accumulate, base=tiny_base(tmp_path), distill=0.8
+        )
         histories.append(comparable(train(model, tokenizer, config)))
     for records in histories[1:]:
         for ours, whole in zip(records, histories[0], strict=True):
@@ -65,9 +79,11 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_split(tmp_path):
 
 @pytest.mark.parametrize("stop, precision", [(4, "fp32"), (6, "fp32"), (6, "bf16")])
 def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path, stop, precision):
+    config = tiny_config(
+        tmp_path, name="parts", dropout=0.1, precision=precision, base=tiny_base(tmp_path), distill=0.8
+    )
     whole, tokenizer = tiny_diffusion()
-    expected = train(whole, tokenizer, tiny_config(tmp_path, name="whole", dropout=0.1, precision=precision))
-    config = tiny_config(tmp_path, name="parts", dropout=0.1, precision=precision)
+    expected = train(whole, tokenizer, config.replace(name="whole"))
     first = train(*tiny_diffusion(), config, on_log=stop_after(stop))
     assert first.records[-1]["step"] == stop
     model, tokenizer = tiny_diffusion(seed=9)  # its weights are replaced by the checkpoint's
@@ -77,6 +93,36 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path, stop, precision
     shown = []
     finished = train(*tiny_diffusion(), config, on_log=lambda history, config: shown.append(history))
     assert comparable(finished) == comparable(expected) and shown == [finished]  # nothing to do but to show its curve
+
+
+def test_the_base_teaches_less_and_less_and_never_what_began_from_random_weights(tmp_path, monkeypatch):
+    asked = []
+
+    def watched(*arguments, teacher, share, **options):
+        asked.append((teacher, share))
+        return diffusion_loss(*arguments, teacher=teacher, share=share, **options)
+
+    monkeypatch.setattr(run, "diffusion_loss", watched)
+    config = tiny_config(tmp_path, steps=4, base=tiny_base(tmp_path), distill=0.8)
+    model, tokenizer = build(config)
+    train(model, tokenizer, config)
+    assert [share for _, share in asked] == pytest.approx([0.8, 0.6, 0.4, 0.2])
+    base, teacher = load_base(config.base)[0], asked[-1][0]
+    assert teacher is not model and all(map(torch.equal, teacher.parameters(), base.parameters()))
+    assert not teacher.training and not any(weight.requires_grad for weight in teacher.parameters())
+    train(*build(config.replace(scratch=True)), config.replace(name="scratch", scratch=True))
+    assert asked[-1][0] is None
+
+
+def test_a_teacher_with_other_tokens_or_a_mask_is_refused(tmp_path):
+    config = tiny_config(tmp_path, base="tiny-gpt2", distill=0.8)
+    with pytest.raises(
+        ValueError, match=r"distill=0\.8 needs the AR model.*base='tiny-gpt2'.*set `base`, or distill=0"
+    ):
+        train(*tiny_diffusion(), config)
+    save_diffusion(*tiny_diffusion(), tmp_path / "diffusion")
+    with pytest.raises(ValueError, match="is none or has other tokens"):
+        train(*tiny_diffusion(), config.replace(base=str(tmp_path / "diffusion")))
 
 
 def test_a_finished_or_other_run_is_not_overwritten(tmp_path):
@@ -91,10 +137,7 @@ def test_a_finished_or_other_run_is_not_overwritten(tmp_path):
 
 
 def test_arms_are_paired_and_each_equals_training_alone(tmp_path):
-    base, tokenizer = tiny_model(vocab=320), tiny_tokenizer()
-    base.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    config = tiny_config(tmp_path, base=str(tmp_path / "base"))
+    config = tiny_config(tmp_path, base=tiny_base(tmp_path))
     shown = []
     arms = train_arms(
         {"shift": config, "plain": config.replace(shift=False)},
