@@ -30,9 +30,9 @@ PAIR = ("shift", "no-shift")
 SQUARE = ("shift", "shift-sudden", "no-shift", "no-shift-sudden", "scratch")
 PLANS = {  # groups of runs: (arms, optimizer steps, seed)
     "laptop": [
-        *((SQUARE, 120, seed) for seed in (0, 1, 2)),
-        *((PAIR, steps, seed) for steps in (30, 60) for seed in (0, 1, 2)),
-        *((PAIR, 240, seed) for seed in (0, 1)),
+        *((SQUARE, 360, seed) for seed in (0, 1, 2)),
+        *((PAIR, steps, seed) for steps in (90, 180) for seed in (0, 1, 2)),
+        (PAIR, 720, 0),
     ],
     "real": [(PAIR, None, 0)],  # None: the run of notebook 2 itself, made here or there
 }

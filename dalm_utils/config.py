@@ -33,7 +33,7 @@ class RunConfig:
     normalize: str = "maskable"  # divide by maskable tokens (the NELBO) or masked ones (the paper's code)
     times: str = "stratified"  # how t is drawn: stratified over the global batch, or uniform
     eps: float = 1e-3  # the smallest t
-    distill: float = 0.0  # share of the target that the frozen base predicts; fades to 0 over the run (not if scratch)
+    distill: float = 0.0  # weight of the frozen base's prediction in the target, beside the token's 1; fades to 0
 
     # the optimizer
     length: int = 512  # tokens in a block, begin token included
@@ -99,15 +99,14 @@ class RunConfig:
         for name in ("steps", "train_blocks", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, or None, got {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay", "sample_every", "seed"):
+        for name in ("warmup_steps", "weight_decay", "sample_every", "seed", "distill"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("dropout", "beta2", "eps"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("final_lr", "distill"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if not 0 <= self.final_lr <= 1:
+            raise ValueError(f"final_lr must be in [0, 1], got {self.final_lr}")
         if self.eps == 0:
             raise ValueError("eps must be above 0: the loss divides by t, and t is drawn from [eps, 1]")
         if self.length < 2:
@@ -145,7 +144,7 @@ FREE_FIELDS = {
 }  # fmt: skip
 
 # What the profiles of the three notebooks share. `real` is a real pretrained model that needs neither a hub nor a GPU.
-LAPTOP = dict(base="tiny-gpt2", text="docstrings", length=256, batch=16, learning_rate=1e-3)
+LAPTOP = dict(base="tiny-gpt2", text="docstrings", length=256, batch=4, learning_rate=7e-4, distill=16.0)
 REAL = dict(
     base="data/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf", text="docstrings", length=128, batch=8,
     learning_rate=1e-4, warmup_steps=20, anneal_steps=100, eval_every=50, eval_blocks=32, save_every=100,
@@ -164,7 +163,8 @@ FULL = dict(
 PROFILES: dict[str, dict[str, dict]] = {
     "gpt2": {
         "laptop": LAPTOP | dict(
-            steps=240, warmup_steps=20, anneal_steps=80, eval_every=60, eval_blocks=48, sample_every=60, save_every=120
+            steps=600, warmup_steps=50, anneal_steps=200, eval_every=150, eval_blocks=48, sample_every=150,
+            save_every=300,
         ),
         "real": REAL | dict(
             steps=120, warmup_steps=10, anneal_steps=40, eval_every=40, sample_every=60, save_every=60
@@ -176,8 +176,8 @@ PROFILES: dict[str, dict[str, dict]] = {
     },
     "shift": {
         "laptop": LAPTOP | dict(
-            epochs=1, train_blocks=1_920, warmup_steps=10, anneal_steps=40, log_every=5, eval_every=15, eval_blocks=32,
-            save_every=60,
+            epochs=1, train_blocks=1_440, warmup_steps=30, anneal_steps=120, eval_every=45, eval_blocks=32,
+            save_every=180,
         ),
         "real": REAL | dict(epochs=1, train_blocks=2_400),
         "full": FULL | dict(
@@ -186,8 +186,8 @@ PROFILES: dict[str, dict[str, dict]] = {
     },
     "galactica": {
         "laptop": LAPTOP | dict(
-            base="tiny-galactica", text="mathematics", epochs=3, train_blocks=1_280, warmup_steps=20, anneal_steps=80,
-            eval_every=40, eval_blocks=48, save_every=40, spike=10.0, patience=3,
+            base="tiny-galactica", text="mathematics", epochs=3, train_blocks=960, warmup_steps=60, anneal_steps=240,
+            eval_every=120, eval_blocks=48, save_every=120, spike=10.0, patience=3,
         ),
         "real": REAL | dict(text="mathematics", epochs=3, train_blocks=800, spike=10.0, patience=3),
         "full": FULL | dict(

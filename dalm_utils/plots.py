@@ -60,9 +60,7 @@ def shift_diagram(pieces: list[str], masked: list[bool]) -> None:
 
 def _box(axis, x: float, y: float, text: str, color: str) -> None:
     style = dict(boxstyle="round,pad=0.35", facecolor=color, edgecolor="none", alpha=0.9)
-    axis.text(
-        x, y, text.replace("\n", "⏎").strip() or "␣", ha="center", va="center", color="white", fontsize=9, bbox=style
-    )
+    axis.text(x, y, _plain(text), ha="center", va="center", color="white", fontsize=9, bbox=style)
 
 
 def corrupted(rows: dict[str, list[str | None]]) -> None:
@@ -72,6 +70,25 @@ def corrupted(rows: dict[str, list[str | None]]) -> None:
         text = "".join(_GAP if piece is None else html.escape(piece) for piece in pieces)
         lines.append(f"<p style='margin:2px 0'><b>{html.escape(label)}</b></p><pre style='{_PAPER}'>{text}</pre>")
     display(HTML("".join(lines)))
+
+
+def expectations(places: list[tuple[str, dict[str, float], str]]) -> None:
+    """What a model expects at some places: (the text before, token -> probability, the token that stood there)."""
+    figure, axes = plt.subplots(1, len(places), figsize=(3.6 * len(places), 2.9))
+    for axis, (before, likely, truth) in zip(axes, places, strict=True):
+        names = [_plain(token) for token in likely]
+        colors = [ORANGE if token == truth else BLUE for token in likely]
+        axis.barh(range(len(names)), list(likely.values()), color=colors)
+        axis.set(yticks=range(len(names)), xlim=(0, 1), title=f"…{_plain(before)} [?]")
+        axis.set_yticklabels(names)
+        axis.invert_yaxis()
+        axis.grid(False, axis="y")
+    axes[0].set_xlabel("probability; orange: what stood there", loc="left")
+    _show(figure)
+
+
+def _plain(text: str) -> str:
+    return text.replace("\n", "⏎").replace("$", r"\$").strip() or "␣"
 
 
 # -------------------------------------------------------------------------------------------------- curves
@@ -183,7 +200,7 @@ def arms(scores: dict[str, list[float]], base: float | None = None) -> None:
     if base is not None:
         axis.axvline(base, color=RED, linestyle="--", label=f"AR model: {base:.2f}")
         axis.legend(loc="upper right")
-    axis.set(yticks=range(len(scores)), ylim=(len(scores) - 0.5, -0.7), xlabel="NELBO on test text, nats per token")
+    axis.set(yticks=range(len(scores)), ylim=(len(scores) - 0.5, -0.7), xlabel="NELBO on held-out text, nats per token")
     axis.set_yticklabels(scores)
     axis.grid(False, axis="y")
     _show(figure)

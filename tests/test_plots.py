@@ -6,6 +6,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import pytest
+from matplotlib.colors import to_hex
 
 from dalm_utils import annealed_mask, generate, plots
 from dalm_utils.checkpoint import History
@@ -132,6 +133,14 @@ def test_the_worth_of_a_choice_is_drawn_against_its_budget(shown):
     assert list(axis.lines[0].get_xdata()) == [500_000, 2_000_000]
     assert list(axis.lines[0].get_ydata()) == pytest.approx([0.6, 0.1])
     assert [label.get_text() for label in axis.get_xticklabels()] == ["0.50 M", "2.0 M"]
+
+
+def test_what_stood_there_is_orange_among_what_was_expected(shown):
+    plots.expectations([("Return the", {" sum": 0.6, " mean": 0.2}, " mean"), ("\n", {"\n": 0.9, "$": 0.1}, "x")])
+    first, second = shown[0].axes
+    assert [to_hex(bar.get_facecolor()) for bar in first.patches] == [plots.BLUE, plots.ORANGE]
+    assert [bar.get_width() for bar in first.patches] == [0.6, 0.2]
+    assert [label.get_text() for label in second.get_yticklabels()] == ["⏎", r"\$"]
 
 
 @pytest.mark.parametrize("scale", [None, 1024.0])

@@ -30,7 +30,7 @@ WAYS = {"DDP": {}, "FSDP": FSDP}
 def alone(tmp_path_factory):
     """The run on one process, with a batch of 4, taught by its base."""
     folder = tmp_path_factory.mktemp("alone")
-    config = tiny_config(folder, batch=4, base=tiny_base(folder), distill=0.8, **STEPS)
+    config = tiny_config(folder, batch=4, base=tiny_base(folder), distill=4.0, **STEPS)
     train(*tiny_diffusion(), config)
     return config.folder
 
@@ -49,7 +49,7 @@ def assert_same_curve(folder, alone):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_with_the_same_global_batch_follow_the_curve_of_one(tmp_path, alone, way):
-    changes = dict(batch=2, base=tiny_base(tmp_path), distill=0.8, **STEPS)
+    changes = dict(batch=2, base=tiny_base(tmp_path), distill=4.0, **STEPS)
     config = tiny_config(tmp_path, **changes)
     processes = start_many(2, tmp_path, changes, WAYS[way])
     for process in processes:
@@ -87,7 +87,7 @@ def wait_for_step(config, step, processes):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path, alone, way):
-    changes = dict(batch=2, base=tiny_base(tmp_path), distill=0.8, **STEPS)
+    changes = dict(batch=2, base=tiny_base(tmp_path), distill=4.0, **STEPS)
     config = tiny_config(tmp_path, **changes)
     processes = start_many(2, tmp_path, changes, WAYS[way])
     wait_for_step(config, 6, processes)
@@ -103,7 +103,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, alone, way):
 
 
 def test_when_one_worker_is_killed_the_others_say_so_and_leave_a_whole_checkpoint(tmp_path, alone):
-    changes = dict(batch=2, base=tiny_base(tmp_path), distill=0.8, **STEPS)
+    changes = dict(batch=2, base=tiny_base(tmp_path), distill=4.0, **STEPS)
     config = tiny_config(tmp_path, **changes)
     processes = start_many(2, tmp_path, changes)
     wait_for_step(config, 6, processes)

@@ -66,7 +66,7 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_split(tmp_path):
     for batch, accumulate in ((8, 1), (4, 2), (1, 8)):
         model, tokenizer = tiny_diffusion()
         config = tiny_config(
-            tmp_path, name=f"split-{batch}", batch=batch, accumulate=accumulate, base=tiny_base(tmp_path), distill=0.8
+            tmp_path, name=f"split-{batch}", batch=batch, accumulate=accumulate, base=tiny_base(tmp_path), distill=4.0
         )
         histories.append(comparable(train(model, tokenizer, config)))
     for records in histories[1:]:
@@ -80,7 +80,7 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_split(tmp_path):
 @pytest.mark.parametrize("stop, precision", [(4, "fp32"), (6, "fp32"), (6, "bf16")])
 def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path, stop, precision):
     config = tiny_config(
-        tmp_path, name="parts", dropout=0.1, precision=precision, base=tiny_base(tmp_path), distill=0.8
+        tmp_path, name="parts", dropout=0.1, precision=precision, base=tiny_base(tmp_path), distill=4.0
     )
     whole, tokenizer = tiny_diffusion()
     expected = train(whole, tokenizer, config.replace(name="whole"))
@@ -103,10 +103,10 @@ def test_the_base_teaches_less_and_less_and_never_what_began_from_random_weights
         return diffusion_loss(*arguments, teacher=teacher, share=share, **options)
 
     monkeypatch.setattr(run, "diffusion_loss", watched)
-    config = tiny_config(tmp_path, steps=4, base=tiny_base(tmp_path), distill=0.8)
+    config = tiny_config(tmp_path, steps=4, base=tiny_base(tmp_path), distill=4.0)
     model, tokenizer = build(config)
     train(model, tokenizer, config)
-    assert [share for _, share in asked] == pytest.approx([0.8, 0.6, 0.4, 0.2])
+    assert [share for _, share in asked] == pytest.approx([4 / 5, 3 / 4, 2 / 3, 1 / 2])
     base, teacher = load_base(config.base)[0], asked[-1][0]
     assert teacher is not model and all(map(torch.equal, teacher.parameters(), base.parameters()))
     assert not teacher.training and not any(weight.requires_grad for weight in teacher.parameters())
@@ -115,9 +115,9 @@ def test_the_base_teaches_less_and_less_and_never_what_began_from_random_weights
 
 
 def test_a_teacher_with_other_tokens_or_a_mask_is_refused(tmp_path):
-    config = tiny_config(tmp_path, base="tiny-gpt2", distill=0.8)
+    config = tiny_config(tmp_path, base="tiny-gpt2", distill=4.0)
     with pytest.raises(
-        ValueError, match=r"distill=0\.8 needs the AR model.*base='tiny-gpt2'.*set `base`, or distill=0"
+        ValueError, match=r"distill=4\.0 needs the AR model.*base='tiny-gpt2'.*set `base`, or distill=0"
     ):
         train(*tiny_diffusion(), config)
     save_diffusion(*tiny_diffusion(), tmp_path / "diffusion")
