@@ -73,7 +73,8 @@ def machine() -> str:
     features = torch.cpu.get_capabilities()
     bf16 = ", ".join(name for name in ("avx512_bf16", "amx_bf16") if features.get(name)) or "no bf16 instructions"
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    cores = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    threads = torch.get_num_threads()
+    cores = f"{threads} thread{'s' * (threads > 1)} of {os.cpu_count()} cores"
     return f"{cores}, {features['cpu_name']} ({bf16}){gpu}, torch {torch.__version__}"
 
 
