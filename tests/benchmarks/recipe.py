@@ -62,6 +62,8 @@ def trial(recipe: str, profile: str, tokens: float, seed: int) -> dict:
         model, tokenizer = dalm.build(config)
         begin(model, tokenizer, kind)
         history = dalm.train(model, tokenizer, config)
+    if history.last("step") < steps:
+        raise SystemExit("stopped: this trial counts for nothing, and starts again next time")
     held_out = dalm.load_corpus(config.text, tokenizer).blocks("validation", config.length, limit=96)
     score = dalm.nelbo(model, tokenizer, held_out, num_samples=4)
     return {
@@ -69,6 +71,7 @@ def trial(recipe: str, profile: str, tokens: float, seed: int) -> dict:
         "seconds": round(history.last("seconds"), 1),
         "nelbo": round(score.mean, 4),
         "stderr": round(score.stderr, 4),
+        "per_block": [round(value, 3) for value in score.per_block.tolist()],
     }
 
 
