@@ -146,9 +146,10 @@ FREE_FIELDS = {
 # What the profiles of the three notebooks share. `real` is a real pretrained model that needs neither a hub nor a GPU.
 LAPTOP = dict(base="tiny-gpt2", text="docstrings", length=256, batch=4, learning_rate=7e-4, distill=16.0)
 REAL = dict(
-    base="data/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf", text="docstrings", length=128, batch=8,
-    learning_rate=1e-4, warmup_steps=20, anneal_steps=100, eval_every=50, eval_blocks=32, save_every=100,
+    base="data/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf", text="docstrings", length=128, batch=2,
+    learning_rate=2e-4, distill=16.0, eval_blocks=32,
 )  # fmt: skip
+AS_RECORDED = dict(batch=8, learning_rate=1e-4, distill=0.0)  # the run of SmolLM2 that notebook 2 shows
 FULL = dict(
     base="gpt2",
     text="arxiv:1",
@@ -167,7 +168,7 @@ PROFILES: dict[str, dict[str, dict]] = {
             save_every=300,
         ),
         "real": REAL | dict(
-            steps=120, warmup_steps=10, anneal_steps=40, eval_every=40, sample_every=60, save_every=60
+            steps=480, warmup_steps=40, anneal_steps=5, eval_every=160, sample_every=240, save_every=240
         ),
         "full": FULL | dict(
             epochs=10, train_blocks=40_000, warmup_steps=2_000, anneal_steps=10_000, eval_every=1_000,
@@ -179,7 +180,9 @@ PROFILES: dict[str, dict[str, dict]] = {
             epochs=1, train_blocks=1_440, warmup_steps=30, anneal_steps=120, eval_every=45, eval_blocks=32,
             save_every=180,
         ),
-        "real": REAL | dict(epochs=1, train_blocks=2_400),
+        "real": REAL | AS_RECORDED | dict(
+            epochs=1, train_blocks=2_400, warmup_steps=20, anneal_steps=100, eval_every=50, save_every=100
+        ),
         "full": FULL | dict(
             epochs=1, train_blocks=8_000, warmup_steps=100, anneal_steps=333, eval_every=100, save_every=500
         ),
@@ -189,7 +192,10 @@ PROFILES: dict[str, dict[str, dict]] = {
             base="tiny-galactica", text="mathematics", epochs=3, train_blocks=960, warmup_steps=60, anneal_steps=240,
             eval_every=120, eval_blocks=48, save_every=120, spike=10.0, patience=3,
         ),
-        "real": REAL | dict(text="mathematics", epochs=3, train_blocks=800, spike=10.0, patience=3),
+        "real": REAL | dict(
+            text="mathematics", epochs=3, train_blocks=800, warmup_steps=100, anneal_steps=12, eval_every=200,
+            save_every=400, spike=10.0, patience=3,
+        ),
         "full": FULL | dict(
             base="facebook/galactica-125m", epochs=3, train_blocks=12_000, warmup_steps=500, anneal_steps=1_500,
             eval_every=500, save_every=500, spike=10.0, patience=3,
