@@ -87,7 +87,12 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--in-place", action="store_true", help="write the outputs into the notebook itself")
     command.set_defaults(do=_notebook)
 
-    options = parser.parse_args(arguments)
+    options, left = parser.parse_known_args(arguments)
+    if options.command == "train":  # argparse takes positionals in one piece, and leaves a FIELD=VALUE behind an option
+        options.settings += [word for word in left if not word.startswith("-")]
+        left = [word for word in left if word.startswith("-")]
+    if left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
     try:
         options.do(options)
     except (ValueError, OSError, RuntimeError) as error:

@@ -141,6 +141,7 @@ def test_data_smollm2_fetches_a_model_and_names_the_file(monkeypatch, capsys, tm
         (["train", "gpt2", "stepz=3"], "did you mean 'steps'"),
         (["train", "gpt2", "steps"], "not of the form field=value"),
         (["train", "gpt2", "--profile", "desktop"], "choose one of laptop, real, full"),
+        (["train", "gpt2", "steps=3", "--profile", "laptop", "stepz=3", "--fresh"], "did you mean 'steps'"),
         (["sample", "nowhere"], "no model 'nowhere'"),
         (["data", "nowhere.jsonl"], "no text at"),
         (["data", "arxiv:99"], "1 to 15 shards, not '99'"),
@@ -152,6 +153,20 @@ def test_mistakes_get_one_line_and_no_traceback(workplace, capsys, arguments, me
     assert main([*arguments, *extra]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
+
+
+@pytest.mark.parametrize("arguments", [["train", "gpt2", "--profil", "x", "--fersh"], ["status", "a", "steps=3"]])
+def test_an_unknown_argument_is_refused(capsys, arguments):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert f"unrecognized arguments: {arguments[-1]}" in capsys.readouterr().err
+
+
+def test_settings_may_stand_behind_an_option(workplace):
+    before, behind = ["log_every=2", "sample_every=0"], ["name=behind", "steps=4"]
+    assert main(["train", "gpt2", *before, "--profile", "laptop", *behind, "--fresh"]) == 0
+    config = json.loads((workplace / "runs" / "behind" / "config.json").read_text())
+    assert (config["log_every"], config["steps"]) == (2, 4)
 
 
 def test_a_notebook_runs_with_progress_and_becomes_a_page(tmp_path, monkeypatch, capsys):
