@@ -164,8 +164,8 @@ FULL = dict(
 PROFILES: dict[str, dict[str, dict]] = {
     "gpt2": {
         "laptop": LAPTOP | dict(
-            steps=600, warmup_steps=50, anneal_steps=200, eval_every=150, eval_blocks=48, sample_every=150,
-            save_every=300,
+            steps=480, warmup_steps=40, anneal_steps=160, eval_every=120, eval_blocks=48, sample_every=120,
+            save_every=240,
         ),
         "real": REAL | dict(
             steps=480, warmup_steps=40, anneal_steps=5, eval_every=160, sample_every=240, save_every=240

@@ -106,7 +106,10 @@ def _opened(arms: dict[str, tuple], resume: str) -> Iterator[dict[str, Run]]:
 def _drive(runs: dict[str, Run], report: Callable[[], None] | None) -> None:
     """Advance all runs by one step, again and again, until they are done or the user stops them."""
     some = next(iter(runs.values()))
-    bar = tqdm(total=some.total, initial=some.step, desc=" + ".join(runs), unit="step", disable=not some.is_main)
+    # Drawn once a second: what shows a notebook may keep a thousand messages of a cell and lose the rest.
+    bar = tqdm(
+        total=some.total, initial=some.step, desc=" + ".join(runs), unit="step", mininterval=1, disable=not some.is_main
+    )
     report = report if some.is_main and report is not None else lambda: None
     with _stop_at_step_end() as asked, bar, _told_where_it_ended(some):
         if all(run.is_done for run in runs.values()):
@@ -116,7 +119,8 @@ def _drive(runs: dict[str, Run], report: Callable[[], None] | None) -> None:
             if any([run.advance() for run in runs.values() if not run.is_done]):  # a list: every arm takes its step
                 report()
             bar.update(some.step - bar.n)  # backwards, when the run goes back
-            bar.set_postfix({key: f"{value:.3f}" for key in ("loss", "nelbo") if (value := some.history.last(key))})
+            figures = {key: f"{value:.3f}" for key in ("loss", "nelbo") if (value := some.history.last(key))}
+            bar.set_postfix(figures, refresh=False)
             stopped = _all_agree(asked, some)
         for run in runs.values():
             run.save()

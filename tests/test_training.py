@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -59,6 +60,14 @@ def test_training_lowers_loss_and_nelbo_and_leaves_what_it_promises(tmp_path):
     held_out[:, 0] = 0
     again, now = (nelbo(m, tokenizer, held_out, precision="fp32").mean for m in (best, model))
     assert again == pytest.approx(now, rel=1e-5)  # the last evaluation was the best
+
+
+def test_progress_is_drawn_by_the_second_and_not_by_the_step(tmp_path, capsys):
+    began = time.monotonic()
+    train(*tiny_diffusion(), tiny_config(tmp_path, steps=100, eval_every=100, save_every=100))
+    seconds, shown = time.monotonic() - began, capsys.readouterr().err
+    assert "100/100" in shown and "nelbo=" in shown  # the last drawing has all
+    assert shown.count("\r") < 6 + 2 * seconds
 
 
 def test_the_loss_does_not_depend_on_how_a_batch_is_split(tmp_path):
