@@ -1,7 +1,7 @@
 """Records the runs that notebook 2 is too short for: `python -m dalm_utils.ablation`.
 
 Each group of runs is one call of `train_arms`: the same batches, times, masks and annealing draws in every arm.
-Interrupted, the same command continues; what is done stands in notebooks/recorded/<profile>.json.
+Interrupted, the same command continues; what is done stands in notebooks/recorded/shift-<profile>.json.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class RunConfig:
     runs: str = "checkpoints/runs"  # where runs are kept, from the project's root
     base: str = "tiny-gpt2"  # a folder in checkpoints/base, any local folder, or a hub id
     hub: str = "auto"  # auto, huggingface, modelscope or local
-    text: str = "docstrings"  # docstrings, a .jsonl file, or a folder of text files
+    text: str = "docstrings"  # docstrings, mathematics, arxiv, a .jsonl or .parquet file, or a folder of text files
     field: str = "text"  # the field of a JSON line that holds the document
     train_blocks: int | None = None  # use only this many blocks of text (None: all)
 

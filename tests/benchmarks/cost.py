@@ -18,7 +18,7 @@ from dalm_utils import load_config
 from tests.benchmarks import finish
 from tests.benchmarks.train_step import work
 
-ARMS = {"gpt2": 1, "shift": 2, "galactica": 1}  # runs of each notebook's `full` profile, its from-scratch arm left out
+ARMS = {"gpt2": 2, "shift": 2, "galactica": 1}  # runs in each: adapted and from scratch, with and without shift
 
 
 def shape(base: str) -> PreTrainedModel:
