@@ -9,14 +9,18 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import filelock
+import torch
 from safetensors import SafetensorError
+
+from .config import RunConfig
 
 MANIFEST = "manifest.json"
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what a full or read-only disk raises, library by library
+DEFAULTS = {field.name: field.default for field in fields(RunConfig)}
 MACHINE_KEYS = ("seconds", "tokens_per_second", "memory", "eta")  # of a record: they differ when a run is repeated
 
 
@@ -32,8 +36,7 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> Path:
         beside.mkdir(parents=True)
         fill(beside)
         write_file(beside / MANIFEST, json.dumps({f.name: _digest(f) for f in sorted(beside.iterdir())}, indent=1))
-        for path in [*beside.iterdir(), beside]:
-            _sync(path)
+        sync(*beside.iterdir(), beside)
     except Exception:
         shutil.rmtree(beside, ignore_errors=True)
         raise
@@ -45,7 +48,7 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> Path:
         shutil.rmtree(old, ignore_errors=True)
     else:
         beside.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     return folder
 
 
@@ -63,7 +66,7 @@ def write_file(path: Path, text: str) -> None:
     beside = path.with_name(f"{path.name}.unfinished")
     try:
         beside.write_text(text)
-        _sync(beside)
+        sync(beside)
         beside.replace(path)
     except Exception:
         beside.unlink(missing_ok=True)
@@ -75,12 +78,19 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def sync(*paths: Path) -> None:
+    """Have files and folders on the disk itself, where a power cut leaves them."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in a line."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 # --------------------------------------------------------------------------------------------- the folder
@@ -145,8 +155,10 @@ class RunFolder:
         try:
             write_whole(self.path / name, fill)
             return True
+        except torch.OutOfMemoryError:
+            raise  # a RuntimeError too, but not the disk's
         except WRITE_ERRORS as error:
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            reason = getattr(error, "strerror", None) or first_line(error)
             newest = next((folder.name for folder in reversed(self.checkpoints())), "none yet")
             _warn(f"{name} could not be written ({reason}); training goes on. The newest whole checkpoint: {newest}")
             return False
@@ -166,11 +178,11 @@ class RunFolder:
         if not written.exists():
             self.path.mkdir(parents=True, exist_ok=True)
             write_file(written, json.dumps(settings, indent=1))
-        before = json.loads(written.read_text())
+        before = DEFAULTS | json.loads(written.read_text())  # a field newer than the run stood at its default
         changed = [
-            f"{name}: {before[name]!r} then, {now!r} now"
+            f"{name}: {before.get(name)!r} then, {now!r} now"
             for name, now in settings.items()
-            if before.get(name, now) != now  # a field that is newer than the run had no say in it
+            if before.get(name) != now
         ]
         if changed:
             raise ValueError(

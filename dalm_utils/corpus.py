@@ -25,6 +25,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .backbone import begin_id
+from .checkpoint import sync
 from .config import PROJECT
 from .documents import HELD_OUT, SPLITS, Skips, clean_documents, digest, identify, short_name, size_of, split_of
 
@@ -113,12 +114,12 @@ def load_corpus(source: str, tokenizer: PreTrainedTokenizerBase, *, field: str =
 
 def _is_whole(folder: Path) -> bool:
     """Whether a text is there with all of its tokens; a machine that lost power may have kept only some."""
-    if not (folder / "facts.json").is_file():
+    try:
+        facts = json.loads((folder / "facts.json").read_text())
+        width = np.dtype(facts["dtype"]).itemsize
+        return all((folder / f"{s}.bin").stat().st_size == facts["tokens"][s] * width for s in SPLITS)
+    except (OSError, ValueError):
         return False
-    facts = json.loads((folder / "facts.json").read_text())
-    files = {split: folder / f"{split}.bin" for split in SPLITS}
-    width = np.dtype(facts["dtype"]).itemsize
-    return all(file.is_file() and file.stat().st_size == facts["tokens"][s] * width for s, file in files.items())
 
 
 @contextlib.contextmanager
@@ -143,8 +144,10 @@ def _make(folder: Path, source: str, field: str, tokenizer: PreTrainedTokenizerB
     unfinished.mkdir()
     try:
         _write(unfinished, source, field, tokenizer, facts)
+        sync(*unfinished.iterdir(), unfinished)
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
+        sync(folder.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

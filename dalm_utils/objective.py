@@ -244,15 +244,15 @@ class _WeightedNLL(torch.autograd.Function):
         nll = torch.empty(len(hidden), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
         loss = nll if teaching is None else torch.empty_like(nll)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros_like(weight) if needs_grad else None
-        grad_bias = torch.zeros_like(bias) if needs_grad and bias is not None else None
+        grad_weight = torch.zeros_like(weight, dtype=nll.dtype) if needs_grad else None
+        grad_bias = torch.zeros_like(bias, dtype=nll.dtype) if needs_grad and bias is not None else None
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             source, target, share = hidden[part].to(dtype), targets[part, None], 0.0
             logits = _at_least_float32(F.linear(source, matrix, None if bias is None else bias.to(dtype)))
             if teaching is not None:
                 belief, share = _belief(part, mask_id, dtype, *teaching)  # [m, V'], V' <= V
-                expected = torch.linalg.vecdot(belief, logits[:, : belief.shape[1]])  # where [MASK] still is finite
+                expected = (belief * logits[:, : belief.shape[1]]).sum(-1)  # where [MASK] still is finite
             logits = _forbid(logits, mask_id)
             log_total, right = logits.logsumexp(-1, keepdim=True), logits.gather(-1, target)  # [m, 1]
             nll[part] = (log_total - right)[:, 0]
@@ -268,10 +268,11 @@ class _WeightedNLL(torch.autograd.Function):
                 if dtype == grad_weight.dtype:
                     grad_weight.addmm_(slope.T, source)  # no second [V, D]
                 else:
-                    grad_weight += slope.T @ source
+                    grad_weight += _summed(slope, source, weights[part])
                 if grad_bias is not None:
-                    grad_bias += slope.sum(0)
+                    grad_bias += slope.sum(0, dtype=grad_bias.dtype)
         ctx.grads = grad_hidden, grad_weight, grad_bias
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(nll)
         return (loss * weights).sum(), nll
 
@@ -281,7 +282,21 @@ class _WeightedNLL(torch.autograd.Function):
             raise RuntimeError("this loss was differentiated before; its gradients are not kept, compute it again")
         grads, ctx.grads = ctx.grads, None  # handed on, not copied: the one of the head is as large as the head
         grads = [None if grad is None else grad.mul_(grad_total) for grad in grads]
+        grads = [grad if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
         return *grads, None, None, None, None, None, None
+
+
+def _summed(slope: Tensor, source: Tensor, weights: Tensor) -> Tensor:
+    """`slope^T source`, `[V, D]`.
+
+    A sum over weights of 1/t may leave float16, and the loss scale, which comes later, could not mend that. No entry
+    of a row exceeds its weight, so a source that is made small enough beforehand keeps the sum within.
+    """
+    if slope.dtype != torch.float16:
+        return slope.T @ source
+    largest = weights.sum() * source.abs().amax()
+    room = (0.5 * torch.finfo(torch.float16).max / largest).clamp(max=1.0)
+    return (slope.T @ (source * room).to(slope.dtype)).float() / room
 
 
 def _belief(part: slice, mask_id, dtype, known: Tensor, head: nn.Module, share: float) -> tuple[Tensor, float]:

@@ -240,8 +240,9 @@ def stability(history: History) -> None:
     figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.2))
     for axis, (key, title) in zip(axes, panels.items(), strict=True):
         axis.plot(*history.series(key), color=BLUE, lw=1.8, drawstyle="steps-post" if key == "skipped" else "default")
-        for step in history.series("event")[0]:
-            axis.axvline(step, color=RED, linestyle="--", lw=1.4, label="went back to here")
+        for step, event in zip(*history.series("event"), strict=True):
+            if "back to step" in event:
+                axis.axvline(step, color=RED, linestyle="--", lw=1.4, label="went back to here")
         axis.set(title=title, xlabel="optimizer step")
     axes[0].plot(*history.series("norm_limit"), color=ORANGE, linestyle=":", label="a spike, from here on")
     axes[0].set_yscale("log")

@@ -1,12 +1,14 @@
 """One run: a model, its optimizer, and where it stands; on one process or many, and the same on all of them.
 
 Everything random in a step is a function of (seed, step): data order, times, corruption, annealing mask, dropout.
-So a run needs no generator state to be continued, and a run spread over processes sees the noise of a single one.
+So a run needs no generator state to be continued, and a run spread over processes sees the noise of a single one
+(but for dropout, which each process draws for itself).
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import sys
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
@@ -134,7 +136,8 @@ class Run:
         fields = {name: value for name, value in vars(self.config).items() if name not in FREE_FIELDS}
         kind = f"{type(self.model).__name__} with {self.model.num_parameters()} parameters"
         resolved = {"precision": self.precision, "global_batch": self.global_batch, "total_steps": self.total}
-        return {**fields, **resolved, "model": kind, "corpus": corpus.facts["digest"]}
+        teacher = None if self.teacher is None else _digest(self.teacher)
+        return {**fields, **resolved, "model": kind, "corpus": corpus.facts["digest"], "teacher": teacher}
 
     def _prepare(self) -> None:
         """Hand model and optimizer to accelerate."""
@@ -145,7 +148,9 @@ class Run:
         if config.compile:
             for block in _transformer_blocks(model):
                 block.compile()
-        module = Objective(model.to(accelerator.device), config.shift or self.is_ar)
+        if sharded := accelerator.distributed_type == DistributedType.FSDP:
+            _whole_and_exact(accelerator.state.fsdp_plugin)
+        module = Objective(model if sharded else model.to(accelerator.device), config.shift or self.is_ar)
         self.adamw = _adamw(model, config)
         self.adamw.register_step_pre_hook(self._leave_out)
         self.objective, self.optimizer = accelerator.prepare(module, self.adamw)
@@ -236,7 +241,8 @@ class Run:
             for part, rows in enumerate(self._shares(tokens, noised, masked, times)):
                 last = part == config.accumulate - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(self.objective):
-                    total, nll, lost = self.objective(*rows, attention_mask, self.teacher, share)
+                    with accelerator.autocast():  # FSDP's own wrapper has none
+                        total, nll, lost = self.objective(*rows, attention_mask, self.teacher, share)
                     scale = accelerator.num_processes / count  # gradients are averaged over processes
                     accelerator.backward(total * scale)
                 self.window_loss += nll * scale
@@ -491,6 +497,21 @@ def _adamw(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2), fused=True)
+
+
+def _whole_and_exact(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Every process holds the weights already: on accelerate's way through empty ones the head would lose its tie to
+    the embeddings. And FSDP casts nothing: autocast does, as on one process; losses, times and sums stay in FP32."""
+    plugin.cpu_ram_efficient_loading = False
+    plugin.mixed_precision_policy = None
+
+
+def _digest(model: nn.Module) -> str:
+    """Of the weights."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for weight in model.parameters():
+        hashed.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return hashed.hexdigest()
 
 
 @contextlib.contextmanager

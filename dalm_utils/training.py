@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbone import pick_device, pick_precision
-from .checkpoint import History
+from .checkpoint import History, first_line
 from .config import RunConfig
 from .run import Run, build
 from .stability import Unstable
@@ -45,8 +45,8 @@ def train(
     Raises:
         ValueError: the earlier run of that name had another config (the difference is spelled out), the
             model does not fit, or the text has too few tokens.
-        RuntimeError: another process is writing to the same run, one of this run's own has died, or the run is
-            numerically unstable and going back to a checkpoint did not help.
+        RuntimeError: another process is writing to the same run, one of this run's own has died, the last checkpoint
+            could not be written, or the run is numerically unstable and going back to a checkpoint did not help.
     """
     with _opened({config.name: (model, tokenizer, config)}, resume) as runs:
         run = runs[config.name]
@@ -83,23 +83,27 @@ def train_arms(
 
 
 KINDS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
-PAIRED = ("text", "field", "train_blocks", "length", "batch", "accumulate", "seed", "times", "device", "precision")
+PAIRED = (
+    "text", "field", "train_blocks", "length", "batch", "accumulate", "seed", "times", "eps", "attention", "device",
+    "precision",
+)  # fmt: skip
 
 
 @contextlib.contextmanager
 def _opened(arms: dict[str, tuple], resume: str) -> Iterator[dict[str, Run]]:
     """The runs, their folders claimed; given back at the end, whatever happens."""
-    first = next(iter(arms.values()))[-1]
-    accelerator = _accelerator(first)
     with contextlib.ExitStack() as stack:
         runs = {}
         for name, (model, tokenizer, config) in arms.items():
-            runs[name] = Run(model, tokenizer, config, accelerator, resume)
+            runs[name] = Run(model, tokenizer, config, _accelerator(config), resume)  # each has its own loss scale
             stack.callback(runs[name].close)
-        if first.trackers:
-            accelerator.init_trackers("trackers")
-            for tracker in accelerator.trackers:
+        first, *others = runs.values()
+        if first.config.trackers:
+            first.accelerator.init_trackers("trackers")
+            for tracker in first.accelerator.trackers:
                 stack.callback(tracker.finish)
+        for run in others:
+            run.accelerator.trackers = first.accelerator.trackers
         yield runs
 
 
@@ -124,6 +128,12 @@ def _drive(runs: dict[str, Run], report: Callable[[], None] | None) -> None:
             stopped = _all_agree(asked, some)
         for run in runs.values():
             run.save()
+    for run in runs.values():
+        if run.saved_step != run.step:
+            raise RuntimeError(
+                f"the last checkpoint of {run.config.name!r}, at step {run.step}, could not be written: the model in "
+                f"memory is all there is of it. Make room and save it with save_diffusion; on disk {_newest(run)}."
+            )
     if stopped and some.is_main:
         print(f"stopped at step {some.step} of {some.total}; run it again to continue from there", file=sys.stderr)
 
@@ -164,13 +174,18 @@ def _told_where_it_ended(run: Run) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if run.accelerator.num_processes == 1 or isinstance(error, Unstable):
+        if run.accelerator.num_processes == 1 or isinstance(error, (Unstable, torch.OutOfMemoryError)):
             raise
-        reason = str(error).splitlines()[0]
         raise RuntimeError(
             f"process {run.accelerator.process_index} stopped in step {run.step + 1}, probably because another one "
-            f"died ({reason}). The checkpoint of step {run.saved_step} is whole; the same command continues there."
+            f"died ({first_line(error)}); {_newest(run)}."
         ) from error
+
+
+def _newest(run: Run) -> str:
+    if run.saved_step < 0:
+        return "there is no checkpoint yet, and the same command begins again"
+    return f"the checkpoint of step {run.saved_step} is whole, and the same command continues there"
 
 
 def _accelerator(config: RunConfig) -> Accelerator:

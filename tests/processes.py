@@ -45,6 +45,8 @@ def allow_fsdp_on_cpus() -> None:
         one = made(config)
         one.state.distributed_type = DistributedType.FSDP
         one.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        if one.mixed_precision != "no":
+            one.state.fsdp_plugin.set_mixed_precision(one.mixed_precision)
         return one
 
     training._accelerator = accelerator

@@ -1,6 +1,7 @@
 import errno
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
 from dalm_utils.checkpoint import History, RunFolder, is_whole, write_whole
@@ -60,6 +61,8 @@ def test_a_folder_belongs_to_one_writer_and_one_config(tmp_path):
     first.close()
     with pytest.raises(ValueError, match="seed: 1 then, 2 now"):
         RunFolder(tmp_path / "run").open({"seed": 2})
+    with pytest.raises(ValueError, match=r"distill: 0\.0 then, 16\.0 now; teacher: None then, 'abc' now"):
+        RunFolder(tmp_path / "run").open({"seed": 1, "distill": 16.0, "teacher": "abc"})  # it began without these
     with pytest.raises(ValueError, match="resume must be auto or never"):
         RunFolder(tmp_path / "run").open({"seed": 1}, "always")
     second, _ = opened(tmp_path / "run", seed=1)  # a refusal keeps nothing claimed
@@ -111,6 +114,7 @@ def test_a_history_that_the_disk_refuses_waits_in_memory(tmp_path, capsys):
         (OSError(errno.EROFS, "Read-only file system"), "Read-only file system"),
         (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), "PytorchStreamWriter"),
         (SafetensorError("Error while serializing: I/O error"), "Error while serializing"),
+        (RuntimeError(), "RuntimeError"),
     ],
 )
 def test_a_disk_that_refuses_is_told_and_the_last_good_checkpoint_stays(tmp_path, capsys, error, reason):
@@ -131,3 +135,11 @@ def test_a_mistake_in_the_program_is_no_full_disk(tmp_path):
     with pytest.raises(TypeError):
         RunFolder(tmp_path).write("step-000001", lambda folder: len(3))
     assert not list(tmp_path.iterdir())
+
+
+def test_memory_that_is_full_is_no_disk_that_refuses(tmp_path):
+    def fill(folder):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        RunFolder(tmp_path).write("step-000002", fill)

@@ -124,7 +124,14 @@ def test_a_corpus_is_made_once_whole_and_found_again(tmp_path, monkeypatch):
     assert load_corpus(source, tokenizer, cache=tmp_path / "cache").folder != made.folder
 
 
-@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: os.truncate(file, 100)])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.unlink(),
+        lambda file: os.truncate(file, 100),
+        lambda file: os.truncate(file.with_name("facts.json"), 0),
+    ],
+)
 def test_a_text_that_lost_tokens_is_made_again(tmp_path, damage):
     source = write_lines(tmp_path / "t.jsonl", MANY)
     made = load_corpus(source, tiny_tokenizer(), cache=tmp_path / "cache")

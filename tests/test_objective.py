@@ -284,12 +284,14 @@ def test_times_refuse_nonsense(bad):
         sample_times(**bad)
 
 
-def test_float16_gradients_of_the_head_are_close_although_the_loss_scale_comes_later():
-    """With inputs as small as these, products would underflow if the softmax were not taken in float32."""
+@pytest.mark.parametrize("size, time", [(1e-4, 1.0), (100.0, 1e-3)])
+def test_float16_gradients_of_the_head_are_close_although_the_loss_scale_comes_later(size, time):
+    """Small inputs would make products underflow if the softmax were not taken in float32; large ones at a small time
+    would make sums overflow if they were not kept small."""
     generator = torch.Generator().manual_seed(0)
-    hidden = 1e-4 * torch.randn(64, 8, generator=generator)
-    weight = torch.randn(500, 8, generator=generator)
-    targets, weights = torch.randint(500, (64,), generator=generator), torch.ones(64)
+    hidden = size * torch.randn(64, 8, generator=generator)
+    weight = torch.randn(500, 8, generator=generator) / max(1.0, size)
+    targets, weights = torch.randint(500, (64,), generator=generator), torch.full((64,), 1 / time)
     gradients = []
     for dtype in (torch.float32, torch.float16):
         inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]

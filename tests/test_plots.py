@@ -150,7 +150,8 @@ def test_the_stability_panel_marks_where_a_run_went_back(shown, scale):
         | ({"loss_scale": scale} if scale else {})
         for s in range(5, 30, 5)
     ]
-    plots.stability(History(records=[*records, {"step": 20, "event": "back"}]))
+    back = {"step": 20, "event": "at step 22 5 steps in a row were unusable: back to step 20, learning rate x 0.5"}
+    plots.stability(History(records=[*records, back, {"step": 25, "event": "finished: no better NELBO"}]))
     axes = shown[0].axes
     assert len(axes) == (4 if scale else 3)
     assert list(axes[0].lines[0].get_xdata()) == [5, 10, 20, 25] and list(axes[1].lines[0].get_ydata()) == [
@@ -160,4 +161,5 @@ def test_the_stability_panel_marks_where_a_run_went_back(shown, scale):
         2,
         2,
     ]
-    assert all(20 in line.get_xdata() for axis in axes for line in axis.lines[1:2])
+    assert all([list(line.get_xdata()) for line in axis.lines[1:2]] == [[20, 20]] for axis in axes)
+    assert sum(line.get_label() == "went back to here" for line in axes[0].lines) == 1

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from dalm_utils import checkpoint, train
 from dalm_utils.checkpoint import MACHINE_KEYS, History, RunFolder, is_whole, write_whole
 from dalm_utils.config import PROJECT
-from tests.helpers import tiny_config, tiny_diffusion
+from tests.helpers import tiny_base, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
 from tests.processes import start
 
 LONG = dict(steps=60, save_every=3, log_every=2, eval_every=10, anneal_steps=30, dropout=0.1)
@@ -203,6 +203,25 @@ def test_a_full_disk_is_survived(tmp_path, expected, capsys):
     assert_same(outcome(config.folder), expected)
 
 
+def test_a_last_checkpoint_that_could_not_be_written_is_an_error(tmp_path, capsys):
+    config = tiny_config(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_disk(history, config):
+        if history.records[-1]["step"] == 10:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+
+    model, tokenizer = tiny_diffusion()
+    try:
+        with pytest.raises(RuntimeError, match=r"at step 12, could not be written.*on disk the checkpoint of step 8"):
+            train(model, tokenizer, config, on_log=fill_disk)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    again, _ = tiny_diffusion()
+    train(again, tokenizer, config)  # there is room: steps 9 to 12 are taken again
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
+
+
 def test_a_run_that_cannot_be_begun_says_why_at_once(tmp_path):
     (tmp_path / "runs").write_text("a file where the folder should be")
     with pytest.raises(OSError, match="runs"):
@@ -292,6 +311,14 @@ def test_another_model_or_text_is_refused_with_the_difference(tmp_path):
         train(*tiny_diffusion(), config)
     with pytest.raises(ValueError, match="global_batch: 4 then, 8 now"):
         train(*tiny_diffusion(), config.replace(accumulate=2))
+
+
+def test_another_teacher_is_refused(tmp_path):
+    config = tiny_config(tmp_path, base=tiny_base(tmp_path), distill=4.0)
+    train(*tiny_diffusion(), config)
+    tiny_model(vocab=len(tiny_tokenizer()), seed=1).save_pretrained(config.base)
+    with pytest.raises(ValueError, match=r"teacher: '\w+' then, '\w+' now"):
+        train(*tiny_diffusion(), config)
 
 
 def test_nan_weights_are_refused(tmp_path):

@@ -308,8 +308,18 @@ def test_a_tracker_that_is_not_there_is_named(tmp_path):
 
 def test_arms_that_would_not_be_paired_are_refused(tmp_path):
     config = tiny_config(tmp_path)
-    with pytest.raises(ValueError, match=r"the arms differ in seed \(0, and 1 in 'other'\)"):
-        train_arms({"one": config, "other": config.replace(seed=1)})
+    for field, value in {"seed": 1, "eps": 0.01}.items():
+        said = rf"the arms differ in {field} \({getattr(config, field)}, and {value} in 'other'\)"
+        with pytest.raises(ValueError, match=said):
+            train_arms({"one": config, "other": config.replace(**{field: value})})
+
+
+def test_each_arm_has_a_loss_scale_of_its_own(tmp_path):
+    config = tiny_config(tmp_path)
+    arms = {name: (*tiny_diffusion(), config.replace(name=name)) for name in ("one", "other")}
+    with training._opened(arms, "auto") as runs:
+        assert runs["one"].accelerator is not runs["other"].accelerator
+        assert runs["one"].optimizer not in runs["other"].accelerator._optimizers  # whose gradients it would unscale
 
 
 def test_a_second_interrupt_does_not_wait_for_the_step(tmp_path):
