@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument(
         "--order", default="random", help="random, first_hitting, confidence, entropy, margin, threshold"
     )
+    command.add_argument("--threshold", type=float, default=0.9, help="how sure the order of that name must be")
     command.add_argument("--block-length", type=int, help="write from left to right in blocks of so many tokens")
     command.add_argument("--temperature", type=float, default=1.0)
     command.add_argument("--top-p", type=float)
@@ -149,11 +150,13 @@ def _log_line(record: dict) -> str:
 def _status(options) -> None:
     from .checkpoint import History, RunFolder
 
-    places = (Path(options.run), PROJECT / RunConfig().runs / options.run)
-    folder = next((RunFolder(path.resolve()) for path in places if (path / "config.json").is_file()), None)
-    if folder is None:
+    runs = os.environ.get("DALM_RUNS", RunConfig().runs)
+    places = (Path(options.run), PROJECT / runs / options.run)
+    found = [path for path in places if (path / "config.json").is_file()]
+    folder = RunFolder(found[0].resolve()) if found else None
+    settings = json.loads((folder.path / "config.json").read_text()) if found else {}
+    if "total_steps" not in settings:  # nothing, or a model
         raise FileNotFoundError(f"no run {options.run!r}: neither {' nor '.join(map(os.path.relpath, places))} is one")
-    settings = json.loads((folder.path / "config.json").read_text())
     history = History.load(folder.path / "history.jsonl")
     step = history.last("step") or 0
     print(f"{folder.path.name}: step {step} of {settings['total_steps']}, ", end="")
@@ -189,7 +192,8 @@ def _sample(options) -> None:
 
     samples = generate(
         *load_diffusion(options.model, device="auto"), prompt=options.prompt, suffix=options.suffix,
-        length=options.length, steps=options.steps, order=options.order, temperature=options.temperature,
+        length=options.length, steps=options.steps, order=options.order, threshold=options.threshold,
+        temperature=options.temperature,
         top_p=options.top_p, top_k=options.top_k, repetition_penalty=options.repetition_penalty,
         block_length=options.block_length, stop_at_end=options.stop_at_end, num_samples=options.num, seed=options.seed,
         progress=True,

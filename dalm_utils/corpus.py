@@ -73,8 +73,10 @@ class Corpus:
         """Blocks of `length` tokens of a split ("train", "validation" or "test"); at most `limit`.
 
         Raises:
-            ValueError: the split has too few tokens for a single block.
+            ValueError: the split has too few tokens for a single block, or a length or limit that makes none.
         """
+        if length < 2 or (limit is not None and limit < 1):
+            raise ValueError(f"blocks need a length of at least 2 and a limit of at least 1, got {length} and {limit}")
         tokens = (
             np.memmap(self.folder / f"{split}.bin", dtype=self.facts["dtype"], mode="r")
             if self.facts["tokens"][split]

@@ -108,7 +108,13 @@ def _open(source: str, field: str) -> tuple[Iterator[tuple[str, int, object]], C
         return _rows_on_disk(files, field), partial(_text_of, field=field)
     if path.is_file():
         return _numbered_lines(path), partial(_parse_json_line, field=field)
-    return ((file.relative_to(path).as_posix(), file.stat().st_size, file.read_bytes()) for file in files), _parse_text
+    return ((file.relative_to(path).as_posix(), file.stat().st_size, _beginning(file)) for file in files), _parse_text
+
+
+def _beginning(file: Path) -> bytes:
+    """The file, or so much of it that `_parse_text` can tell that it is too long."""
+    with file.open("rb") as opened:
+        return opened.read(LONGEST_LINE + 1)
 
 
 def _locate(source: str) -> Path:
@@ -128,7 +134,7 @@ def _files(path: Path) -> list[Path]:
             raise ValueError(f"{str(path)!r} is neither a .jsonl or .parquet file nor a folder")
         return [path]
     for suffixes in ((".parquet",), TEXT_FILES):
-        files = sorted(file for file in path.rglob("*") if file.suffix in suffixes)
+        files = sorted(file for file in path.rglob("*") if file.suffix in suffixes and file.is_file())
         if files:
             return files
     raise ValueError(f"the folder {str(path)!r} has no .txt, .md, .rst, .tex or .parquet file")
@@ -170,7 +176,9 @@ def _parquet_rows(file: str, field: str) -> Iterator[tuple[str, int, dict]]:
 
     rows = load_dataset("parquet", data_files=file, split="train", streaming=True)
     for number, row in enumerate(rows, 1):
-        yield f"{file.rpartition('/')[2]}:{number}", len(row.get(field) or ""), row
+        text = row.get(field)
+        lines = text if isinstance(text, list) else [text]
+        yield f"{file.rpartition('/')[2]}:{number}", sum(len(x) for x in lines if isinstance(x, str)), row
 
 
 def _parse_text(raw: bytes) -> str:

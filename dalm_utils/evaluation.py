@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .annealing import annealed_mask
 from .backbone import autocast, begin_id
 from .corpus import encode
-from .objective import default_maskable, diffusion_loss, seeded
+from .objective import default_maskable, diffusion_loss, require_mask_id, seeded
 
 
 @dataclass(frozen=True)
@@ -74,17 +74,22 @@ def nelbo(
         batch_size: sequences in one forward pass.
         precision: of the matrix products; see `RunConfig.precision`.
         progress: a bar on stderr, in batches.
+
+    Raises:
+        ValueError: a model without [MASK], blocks longer than the model, or no sample.
     """
     blocks = stack(blocks)
     masked = _random_sets(default_maskable(blocks), num_samples, seeded(seed, 0, "nelbo"))
     tokens = blocks.repeat_interleave(num_samples, 0)
-    noised = torch.where(masked, model.config.mask_token_id, tokens)
+    noised = torch.where(masked, require_mask_id(model), tokens)
     means = _token_means(model, tokens, noised, masked, None, model.config.shift, batch_size, precision, progress)
     return _estimate(means.view(-1, num_samples).mean(1), tokenizer, blocks)
 
 
 def _random_sets(maskable: Tensor, num_samples: int, draws: torch.Generator) -> Tensor:
     """Sets of maskable positions, `[N * S, L]` bool: for each row S sizes, one from each stratum of 1..n."""
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     n = maskable.sum(1, keepdim=True)  # [N, 1]
     strata = (torch.arange(num_samples) + torch.rand(len(n), num_samples, generator=draws)) / num_samples
     sizes = (1 + (strata * n).long()).minimum(n).flatten()  # [N * S], each in 1..n
@@ -125,7 +130,7 @@ def continuation_nelbo(
     masked = _random_sets(maskable, num_samples, seeded(seed, len(after), "continuation"))
     masked, which = masked.unique(dim=0, return_inverse=True)  # a short continuation has few sets: score each once
     tokens = tokens.repeat(len(masked), 1)
-    noised = torch.where(masked, model.config.mask_token_id, tokens)
+    noised = torch.where(masked, require_mask_id(model), tokens)
     means = _token_means(model, tokens, noised, masked, None, model.config.shift, batch_size, precision)[which]
     totals = means * len(after)
     error = float(totals.std()) / math.sqrt(num_samples) if num_samples > 1 else math.nan
@@ -151,6 +156,9 @@ def ar_nll(
 
 def _token_means(model, tokens, noised, masked, attention_mask, shift, batch_size, precision, progress=False) -> Tensor:
     """The mean -log p over each sequence's masked tokens: `[N]` float64 on the CPU."""
+    room = getattr(model.config, "max_position_embeddings", tokens.shape[1])
+    if tokens.shape[1] > room:
+        raise ValueError(f"blocks of {tokens.shape[1]} tokens are longer than the model's {room} positions")
     was_training = model.training
     model.eval()
     means = []

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .backbone import load_diffusion
+from .backbone import begin_id, load_diffusion
 from .corpus import encode
 from .evaluation import continuation_nelbo
 from .sampling import generate
@@ -44,7 +44,8 @@ class Responder:
     precision: str = "auto"
 
     def __post_init__(self):
-        self.room = (self.max_length or self.model.config.max_position_embeddings) - 1
+        positions = self.model.config.max_position_embeddings
+        self.room = min(self.max_length or positions, positions) - 1
 
     def loglikelihood(self, requests: list[tuple[str, str]]) -> list[tuple[float, bool]]:
         """Of each (context, continuation): log p, and whether greedy decoding writes the continuation.
@@ -123,14 +124,14 @@ class Responder:
         how = {name: options[name] for name in ("top_p", "top_k") if options.get(name)}
         tokens = generate(
             self.model, self.tokenizer, parts=parts, order=self.order, steps=self.steps, block_length=self.block_length,
-            temperature=options.get("temperature", 0.0), stop_at_end=self.tokenizer.eos_token_id is not None, seed=seed,
+            temperature=options.get("temperature", 0.0), stop_at_end=True, seed=seed,
             precision=self.precision, **how,
         ).tokens.tolist()  # fmt: skip
         rows = [row[1 + len(ids) : 1 + len(ids) + length] for row, ids in zip(tokens, before, strict=True)]
         return [self._cut(row, options.get("until") or []) for row in rows]
 
     def _cut(self, tokens: list[int], until: list[str]) -> str:
-        end = self.tokenizer.eos_token_id
+        end = begin_id(self.tokenizer)
         text = self.tokenizer.decode(tokens[: tokens.index(end)] if end in tokens else tokens, skip_special_tokens=True)
         for stop in until:
             text = text.split(stop)[0] if stop else text

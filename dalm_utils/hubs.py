@@ -123,7 +123,9 @@ def _fetch(name: str, list_files: Callable, touch: Callable, download: Callable,
         touch(fnmatch.filter(files, WEIGHTS)[0])
     except errors as error:
         with contextlib.suppress(*errors):
-            return Path(download(local_files_only=True))  # fetched on an earlier day
+            folder = Path(download(local_files_only=True))  # fetched on an earlier day
+            require_files(folder, (path.name for path in folder.iterdir()))  # and not cut short
+            return folder
         raise FileNotFoundError(_in_one_line(error)) from error
     try:
         return Path(download())

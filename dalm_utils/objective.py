@@ -121,6 +121,15 @@ def mask_id_of(model: nn.Module) -> int | None:
     return getattr(model.config, "mask_token_id", None)
 
 
+def require_mask_id(model: nn.Module) -> int:
+    """The id of [MASK]. Raises ValueError for a model that is not a diffusion model."""
+    if mask_id_of(model) is None:
+        raise ValueError(
+            "this model has no [MASK] token; make it a diffusion model first: as_diffusion(model, tokenizer)"
+        )
+    return mask_id_of(model)
+
+
 def chunk_rows(matrix: Tensor) -> int:
     """How many rows of logits to hold at once, for a head `[V, D]`; a product of fewer would be slow."""
     return max(256, CHUNK_ELEMENTS[matrix.device.type] // len(matrix))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 import time
+from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -154,7 +155,7 @@ def nelbo_against_tokens(histories: dict[str, History], ar_nll: float | None = N
 
 
 def _draw_nelbo(axis, histories: dict[str, History], ar_nll: float | None, x: str, **style) -> None:
-    for (name, history), color in zip(histories.items(), COLORS, strict=False):
+    for (name, history), color in zip(histories.items(), cycle(COLORS), strict=False):
         places, means = history.series("nelbo", x)
         errors = history.series("nelbo_stderr")[1]
         axis.errorbar(places, means, yerr=errors, color=color, marker="o", label=name, **style)
@@ -164,7 +165,7 @@ def _draw_nelbo(axis, histories: dict[str, History], ar_nll: float | None, x: st
 
 
 def _draw_loss(axis, histories: dict[str, History], evaluated: bool = True) -> None:
-    for (name, history), color in zip(histories.items(), COLORS, strict=False):
+    for (name, history), color in zip(histories.items(), cycle(COLORS), strict=False):
         axis.plot(*history.series("loss"), color=color, alpha=0.35, lw=1)
         axis.plot(*_smooth(*history.series("loss")), color=color, lw=2, label=f"{name}: training loss")
         if evaluated and history.series("nelbo")[0]:
@@ -192,7 +193,7 @@ def arms(scores: dict[str, list[float]], base: float | None = None) -> None:
         base: nats per token of the AR model on the same blocks.
     """
     figure, axis = plt.subplots(figsize=(8, 0.62 * len(scores) + 1.2))
-    for row, (values, color) in enumerate(zip(scores.values(), COLORS, strict=False)):
+    for row, (values, color) in enumerate(zip(scores.values(), cycle(COLORS), strict=False)):
         mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))
         axis.plot(values, [row] * len(values), "o", color=color, alpha=0.45, ms=7)
         axis.errorbar(mean, row, xerr=error, color=color, marker="|", ms=22, mew=2.5, capsize=4)
@@ -275,7 +276,7 @@ def quality_vs_passes(rows: list[dict], ar: dict, real: dict) -> None:
     ticks = [4, 8, 16, 32, 64]
     figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.8))
     for axis, (key, title) in zip(axes, panels.items(), strict=True):
-        for order, color in zip(dict.fromkeys(row["order"] for row in rows), COLORS, strict=False):
+        for order, color in zip(dict.fromkeys(row["order"] for row in rows), cycle(COLORS), strict=False):
             points = sorted((row["passes"], row[key]) for row in rows if row["order"] == order)
             axis.plot(*zip(*points, strict=True), "o-", color=color, ms=4, label=order)
         axis.plot(ar["passes"], ar[key], "*", color="black", ms=12, label="the AR model")

@@ -95,9 +95,9 @@ def infilling(
 ) -> InfillQuality:
     """Cut a gap into each block and let the model restore it.
 
-    A diffusion model sees what stands on both sides, and writes one token a step; an AR model sees the prefix alone
-    and goes on.  Both take the most probable token (temperature 0), or draw at the same temperature.  The same seed
-    gives every model the same gaps.
+    A diffusion model sees what stands on both sides, and writes one token a step, unless another order is asked for;
+    an AR model sees the prefix alone and goes on.  Both take the most probable token (temperature 0), or draw at the
+    same temperature.  The same seed gives every model the same gaps.
 
     Args:
         blocks: `[N, L]` long, or a sequence of `[L]` such as `Blocks`; position 0 is the begin token.

@@ -41,7 +41,7 @@ from .checkpoint import History, RunFolder
 from .config import FREE_FIELDS, RunConfig
 from .corpus import Blocks, load_corpus, tokenizer_digest
 from .evaluation import ar_nll, nelbo
-from .objective import corrupt, default_maskable, diffusion_loss, sample_times, seeded
+from .objective import corrupt, default_maskable, diffusion_loss, require_mask_id, sample_times, seeded
 from .sampling import generate
 from .stability import MOST_ROLLBACKS, SATURATED, SLOWER, Unstable, Watch
 
@@ -472,10 +472,8 @@ class Run:
             raise ValueError(
                 "objective 'ar' needs an AR model; a diffusion model sees the tokens it would have to predict"
             )
-        if not self.is_ar and mask_id_of(model) is None:
-            raise ValueError(
-                "this model has no [MASK] token; make it a diffusion model first: as_diffusion(model, tokenizer)"
-            )
+        if not self.is_ar:
+            require_mask_id(model)
         if not self.is_ar and model.config.shift != config.shift:
             raise ValueError(
                 f"the model was made with shift={model.config.shift}, the config says shift={config.shift}"

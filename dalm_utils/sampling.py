@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbone import DTYPES, autocast, begin_id, pick_precision
 from .corpus import encode
-from .objective import chunk_rows, hidden_states, logits_of, seeded
+from .objective import chunk_rows, hidden_states, logits_of, require_mask_id, seeded
 
 Parts = list[str | Tensor | int]  # given texts, given token ids `[n]`, and gaps of so many tokens
 
@@ -93,22 +93,23 @@ def generate(
         temperature: divides the logits; 0 takes the most probable token.
         top_p, top_k: keep the smallest set of tokens with this probability; this many tokens.
         repetition_penalty: above 1 makes tokens less likely that the sequence shows already (arXiv 1909.05858).
-        stop_at_end: what lies right of a block with an end token is not computed, and the text ends there.
+        stop_at_end: what lies right of a block in which the document ends is not computed, and the text ends there.
+            As in a `Corpus`, documents end with the begin token.
         num_samples: texts for each prompt; they stand together in the result.
         progress: a bar on stderr, in tokens.
 
     Raises:
-        ValueError: a value out of range, or more positions than the model has.
+        ValueError: a value out of range, a model without [MASK], or more positions than the model has.
     """
     rows = _rows(prompt, suffix, length, parts)
     _check(order, steps, threshold, block_length, temperature, top_p, top_k, repetition_penalty, num_samples)
-    end = _end_id(tokenizer) if stop_at_end else None
+    end = begin_id(tokenizer) if stop_at_end else None  # what follows each document in a text
     canvas, blocks, real = _canvas(model, tokenizer, [row for row in rows for _ in range(num_samples)], block_length)
     written = blocks >= 0  # [N, L]: what is ours to fill
     holes = written.clone()
     most_holes, most_blocks = int(holes.sum(1).max()), int(blocks.max()) + 1
-    per_block = (steps or most_holes) // most_blocks
-    if per_block == 0:
+    per_block = steps // most_blocks if steps else min(most_holes, block_length or most_holes)
+    if per_block == 0 and order not in UNHURRIED:
         raise ValueError(f"{steps} steps are too few for {most_blocks} blocks; raise steps or block_length")
     draws = seeded(seed, 0, "generate")
     choose = ORDERS[order](blocks, per_block, threshold, draws)
@@ -218,6 +219,7 @@ ORDERS = {
     "margin": lambda blocks, per_block, *_: _Greedy(blocks, per_block, _margin),
     "threshold": lambda blocks, _, threshold, __: _Greedy(blocks, sys.maxsize, _confidence, sure=threshold),
 }
+UNHURRIED = ("first_hitting", "threshold")  # however many steps are asked for
 
 
 def _measured(model, tokenizer, sources: Tensor, measure: Callable) -> Tensor:
@@ -285,7 +287,7 @@ def _canvas(model, tokenizer, rows: list[Parts], block_length: int | None) -> tu
     encoded = dict(zip(texts, encode(tokenizer, list(texts)), strict=True)) if texts else {}
     rows = [[encoded[part] if isinstance(part, str) else part for part in row] for row in rows]
     rows = [[part.tolist() if isinstance(part, Tensor) else part for part in row] for row in rows]
-    begin, mask = begin_id(tokenizer), model.config.mask_token_id
+    begin, mask = begin_id(tokenizer), require_mask_id(model)
     tokens = [[begin] + [t for part in row for t in ([mask] * part if isinstance(part, int) else part)] for row in rows]
     gaps = [
         [False] + [g for part in row for g in ([True] * part if isinstance(part, int) else [False] * len(part))]
@@ -319,12 +321,6 @@ def _close_ended(canvas: Tensor, holes: Tensor, blocks: Tensor, end: int) -> Non
     closed = holes & (blocks > first) & ~unfinished
     canvas[closed.to(canvas.device)] = end
     holes &= ~closed
-
-
-def _end_id(tokenizer) -> int:
-    if tokenizer.eos_token_id is None:
-        raise ValueError("stop_at_end needs a tokenizer with an end token; this one has none")
-    return tokenizer.eos_token_id
 
 
 def _check(order, steps, threshold, block_length, temperature, top_p, top_k, repetition_penalty, num_samples) -> None:

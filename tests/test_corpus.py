@@ -30,6 +30,9 @@ def test_an_empty_file_and_a_text_too_short_are_named(tmp_path):
         short.blocks("train", 512)
     with pytest.raises(ValueError, match=r"the validation split .* has 0 tokens \(it gets 2% of the documents\)"):
         short.blocks("validation", 8)
+    for length, limit in ((1, None), (8, 0)):
+        with pytest.raises(ValueError, match=f"got {length} and {limit}"):
+            short.blocks("train", length, limit)
 
 
 def test_blocks_begin_with_the_begin_token_and_lose_no_token_between_them():

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from dalm_utils import documents as module
-from dalm_utils.documents import Skips, documents, drop_near_copies, split_of
+from dalm_utils.documents import LONGEST_LINE, Skips, documents, drop_near_copies, split_of
 from tests.helpers import TEXTS
 
 
@@ -75,10 +75,15 @@ def test_a_folder_of_text_files(tmp_path):
     (tmp_path / "deep" / "b.md").write_text("beta\n")
     (tmp_path / "c.txt").write_bytes(b"\xff\xff")
     (tmp_path / "d.txt").write_text("")
+    (tmp_path / "e.txt").write_bytes(b"x" * (LONGEST_LINE + 2))
     (tmp_path / "ignored.png").write_bytes(b"x")
+    (tmp_path / "folder.parquet").mkdir()  # as some programs name the folder of their parts
+    (tmp_path / ".#a.txt").symlink_to("nowhere")  # an editor's lock
     skips = Skips()
     assert list(documents(str(tmp_path), skips=skips)) == ["alpha", "beta"]
-    assert skips.places == ["c.txt: not UTF-8", "d.txt: empty document"]
+    assert skips.places == [
+        "c.txt: not UTF-8", "d.txt: empty document", "e.txt: longer than 4 MiB (cut it into documents)",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -110,6 +115,9 @@ def test_parquet_files_alone_and_in_a_folder(tmp_path):
         f"b.parquet:{len(TEXTS) + 1}: field 'article' is not a string",
         f"b.parquet:{len(TEXTS) + 2}: empty document",
     ]
+    numbers = write_parquet(tmp_path / "numbers.parquet", [{"text": 5}, {"text": 6}])
+    skips = Skips()
+    assert not list(documents(numbers, skips=skips)) and skips.reasons == {"field 'text' is not a string": 2}
     assert list(documents(str(tmp_path / "set"))) == ["first\nsecond", *TEXTS]
 
 

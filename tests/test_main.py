@@ -106,7 +106,10 @@ def test_status_shows_where_a_run_stands(workplace, capsys, monkeypatch):
     with RunFolder(run)._lock:
         main(["status", str(run)])
         assert "running now" in capsys.readouterr().out
+    monkeypatch.setenv("DALM_RUNS", str(run.parent))
+    assert main(["status", run.name]) == 0
     assert main(["status", "nothing"]) == 1
+    assert main(["status", str(run / "best")]) == 1  # a model
     assert "no run 'nothing'" in capsys.readouterr().err
 
 

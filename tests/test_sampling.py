@@ -11,7 +11,7 @@ from dalm_utils import generate
 from dalm_utils.corpus import encode
 from dalm_utils.objective import hidden_states, logits_of
 from dalm_utils.sampling import ORDERS, draw
-from tests.helpers import FAMILIES, tiny_diffusion
+from tests.helpers import FAMILIES, tiny_diffusion, tiny_model, tiny_tokenizer
 
 CHI2_7_1E4 = 29.88  # a chi-squared variable with 7 degrees of freedom exceeds this once in 10,000
 
@@ -246,8 +246,26 @@ def test_nothing_is_computed_after_the_end():
     ended = generate(model, tokenizer, **options, stop_at_end=True)
     assert ended.text == ["Return"] and ended.forward_passes == 4
     assert generate(model, tokenizer, **options).forward_passes == 12
-    other = generate(*tiny_diffusion(), **options, stop_at_end=True)  # a text without an end is not cut
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(5)  # of a chat, say: documents end with the begin token
+    assert generate(model, tokenizer, **options, stop_at_end=True).tokens.tolist() == ended.tokens.tolist()
+    other, tokenizer = tiny_diffusion()
+    other = generate(other, tokenizer, **options, stop_at_end=True)  # a text without an end is not cut
     assert other.forward_passes == 12 or tokenizer.eos_token_id in other.tokens[0, 2:]
+
+
+def test_by_default_each_token_has_a_step_of_its_own_in_blocks_too():
+    model, tokenizer = tiny_diffusion()
+    assert generate(model, tokenizer, length=9, block_length=8, order="confidence").forward_passes == 9
+    options = dict(length=9, block_length=1, steps=4)
+    assert generate(model, tokenizer, **options, order="first_hitting").forward_passes == 9  # steps play no part
+    assert generate(model, tokenizer, **options, order="threshold").forward_passes == 9
+    with pytest.raises(ValueError, match="4 steps are too few for 9 blocks"):
+        generate(model, tokenizer, **options, order="confidence")
+
+
+def test_a_model_without_a_mask_token_is_named_with_the_remedy():
+    with pytest.raises(ValueError, match=r"no \[MASK\] token; make it a diffusion model first: as_diffusion"):
+        generate(tiny_model(vocab=len(tiny_tokenizer())), tiny_tokenizer(), length=4)
 
 
 def test_a_repetition_penalty_makes_shown_tokens_rarer():
