@@ -180,9 +180,9 @@ class RunFolder:
             write_file(written, json.dumps(settings, indent=1))
         before = DEFAULTS | json.loads(written.read_text())  # a field newer than the run stood at its default
         changed = [
-            f"{name}: {before.get(name)!r} then, {now!r} now"
+            f"{name}: {before[name]!r} then, {now!r} now"
             for name, now in settings.items()
-            if before.get(name) != now
+            if before.get(name, now) != now
         ]
         if changed:
             raise ValueError(

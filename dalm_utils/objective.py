@@ -304,8 +304,8 @@ def _summed(slope: Tensor, source: Tensor, weights: Tensor) -> Tensor:
     if slope.dtype != torch.float16:
         return slope.T @ source
     largest = weights.sum() * source.abs().amax()
-    room = (0.5 * torch.finfo(torch.float16).max / largest).clamp(max=1.0)
-    return (slope.T @ (source * room).to(slope.dtype)).float() / room
+    room = (torch.finfo(torch.float16).max / largest).clamp(max=1.0).log2().sub(1).floor().exp2()  # of two: exact
+    return (slope.T @ (source * room)).float().div_(room)
 
 
 def _belief(part: slice, mask_id, dtype, known: Tensor, head: nn.Module, share: float) -> tuple[Tensor, float]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import AutocastKwargs, broadcast_object_list
 from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -148,7 +148,9 @@ class Run:
         if config.compile:
             for block in _transformer_blocks(model):
                 block.compile()
-        if sharded := accelerator.distributed_type == DistributedType.FSDP:
+        sharded = accelerator.distributed_type == DistributedType.FSDP
+        self.casting = AutocastKwargs(cache_enabled=not sharded)  # the cache would hold whole matrices of shards
+        if sharded:
             _whole_and_exact(accelerator.state.fsdp_plugin)
         module = Objective(model if sharded else model.to(accelerator.device), config.shift or self.is_ar)
         self.adamw = _adamw(model, config)
@@ -241,7 +243,7 @@ class Run:
             for part, rows in enumerate(self._shares(tokens, noised, masked, times)):
                 last = part == config.accumulate - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(self.objective):
-                    with accelerator.autocast():  # FSDP's own wrapper has none
+                    with accelerator.autocast(self.casting):  # FSDP's own wrapper has none
                         total, nll, lost = self.objective(*rows, attention_mask, self.teacher, share)
                     scale = accelerator.num_processes / count  # gradients are averaged over processes
                     accelerator.backward(total * scale)

@@ -62,7 +62,7 @@ def train_arms(
     Each arm builds its own model with `build` and keeps its own folder, `<config.name>-<arm>`.
 
     Raises:
-        ValueError: arms that would not be paired, because they differ in text, length, batch, seed or precision.
+        ValueError: arms that would not be paired, because they differ in one of `PAIRED`.
     """
     first = next(iter(configs.values()))
     for name, config in configs.items():
@@ -131,8 +131,8 @@ def _drive(runs: dict[str, Run], report: Callable[[], None] | None) -> None:
     for run in runs.values():
         if run.saved_step != run.step:
             raise RuntimeError(
-                f"the last checkpoint of {run.config.name!r}, at step {run.step}, could not be written: the model in "
-                f"memory is all there is of it. Make room and save it with save_diffusion; on disk {_newest(run)}."
+                f"the last checkpoint of {run.config.name!r}, at step {run.step}, could not be written. Make room: "
+                f"{_newest(run)}. (A model that was handed to `train` still holds step {run.step}.)"
             )
     if stopped and some.is_main:
         print(f"stopped at step {some.step} of {some.total}; run it again to continue from there", file=sys.stderr)
@@ -189,7 +189,7 @@ def _newest(run: Run) -> str:
 
 
 def _accelerator(config: RunConfig) -> Accelerator:
-    """One accelerator serves all arms of a call; a later call in the same process may want another machine."""
+    """For one run; what a later call in the same process wants of the machine may be another thing."""
     device = pick_device(config.device)
     precision = {"fp32": "no"}.get(name := pick_precision(config.precision, device), name)
     if AcceleratorState._shared_state:

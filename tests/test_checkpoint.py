@@ -61,7 +61,7 @@ def test_a_folder_belongs_to_one_writer_and_one_config(tmp_path):
     first.close()
     with pytest.raises(ValueError, match="seed: 1 then, 2 now"):
         RunFolder(tmp_path / "run").open({"seed": 2})
-    with pytest.raises(ValueError, match=r"distill: 0\.0 then, 16\.0 now; teacher: None then, 'abc' now"):
+    with pytest.raises(ValueError, match=r"\(distill: 0\.0 then, 16\.0 now\)"):
         RunFolder(tmp_path / "run").open({"seed": 1, "distill": 16.0, "teacher": "abc"})  # it began without these
     with pytest.raises(ValueError, match="resume must be auto or never"):
         RunFolder(tmp_path / "run").open({"seed": 1}, "always")

@@ -213,7 +213,7 @@ def test_a_last_checkpoint_that_could_not_be_written_is_an_error(tmp_path, capsy
 
     model, tokenizer = tiny_diffusion()
     try:
-        with pytest.raises(RuntimeError, match=r"at step 12, could not be written.*on disk the checkpoint of step 8"):
+        with pytest.raises(RuntimeError, match=r"at step 12, could not be written.*the checkpoint of step 8 is"):
             train(model, tokenizer, config, on_log=fill_disk)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
