@@ -152,11 +152,11 @@ def _status(options) -> None:
 
     runs = os.environ.get("DALM_RUNS", RunConfig().runs)
     places = (Path(options.run), PROJECT / runs / options.run)
-    found = [path for path in places if (path / "config.json").is_file()]
-    folder = RunFolder(found[0].resolve()) if found else None
-    settings = json.loads((folder.path / "config.json").read_text()) if found else {}
+    found = next((path for path in places if (path / "config.json").is_file()), None)
+    settings = json.loads((found / "config.json").read_text()) if found else {}
     if "total_steps" not in settings:  # nothing, or a model
         raise FileNotFoundError(f"no run {options.run!r}: neither {' nor '.join(map(os.path.relpath, places))} is one")
+    folder = RunFolder(found.resolve())
     history = History.load(folder.path / "history.jsonl")
     step = history.last("step") or 0
     print(f"{folder.path.name}: step {step} of {settings['total_steps']}, ", end="")
@@ -193,10 +193,9 @@ def _sample(options) -> None:
     samples = generate(
         *load_diffusion(options.model, device="auto"), prompt=options.prompt, suffix=options.suffix,
         length=options.length, steps=options.steps, order=options.order, threshold=options.threshold,
-        temperature=options.temperature,
-        top_p=options.top_p, top_k=options.top_k, repetition_penalty=options.repetition_penalty,
-        block_length=options.block_length, stop_at_end=options.stop_at_end, num_samples=options.num, seed=options.seed,
-        progress=True,
+        temperature=options.temperature, top_p=options.top_p, top_k=options.top_k,
+        repetition_penalty=options.repetition_penalty, block_length=options.block_length,
+        stop_at_end=options.stop_at_end, num_samples=options.num, seed=options.seed, progress=True,
     )  # fmt: skip
     if options.json:
         print(json.dumps({"texts": samples.text, "forward_passes": samples.forward_passes}))

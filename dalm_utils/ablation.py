@@ -58,8 +58,7 @@ def budget(config: RunConfig, steps: int | None, seed: int) -> RunConfig:
         return config.replace(seed=seed)
     return config.replace(
         name=f"{config.name}-{steps}-{seed}", seed=seed, train_blocks=steps * config.batch, steps=None, accumulate=1,
-        anneal_steps=steps // 3,
-        warmup_steps=steps // 12, eval_every=steps // 6, save_every=steps,
+        anneal_steps=steps // 3, warmup_steps=steps // 12, eval_every=steps // 6, save_every=steps,
     )  # fmt: skip
 
 
