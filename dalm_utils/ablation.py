@@ -96,18 +96,19 @@ def _as_json(content: dict) -> str:
 
 def _about(config: RunConfig) -> dict:
     base, tokenizer = load_base(config.base, hub=config.hub, device=config.device)
+    ar = ar_nll(base, tokenizer, _blocks(config, tokenizer, "test", TEST_BLOCKS), precision=config.precision)
     start = {}
     for name, arm in arms(config).items():
         model, words = build(arm)
         held_out = _blocks(config, words, "validation", config.eval_blocks)
-        score = nelbo(model, words, held_out, num_samples=config.eval_samples)
+        score = nelbo(model, words, held_out, num_samples=config.eval_samples, precision=config.precision)
         start[name] = [round(score.mean, 4), round(score.stderr, 4)]
     return {
         "command": f"python -m dalm_utils.ablation {config.name.removeprefix('shift-')}",
         "date": str(datetime.date.today()),
         "machine": machine(),
         "test": f"{TEST_BLOCKS} test blocks, {TEST_SAMPLES} masks each; the NELBO of each block, nats per token",
-        "ar_nll": round(ar_nll(base, tokenizer, _blocks(config, tokenizer, "test", TEST_BLOCKS)).mean, 4),
+        "ar_nll": round(ar.mean, 4),
         "start": start,  # the NELBO before the first step and its standard error, on the blocks of the curves
         "config": {key: value for key, value in vars(config).items() if key != "runs"},
     }
@@ -116,13 +117,14 @@ def _about(config: RunConfig) -> dict:
 def _result(history: History, config: RunConfig, arm: str) -> dict:
     """What is kept of one run: its curves, and the score of each test block, so that any two can be paired."""
     model, tokenizer = load_diffusion(config.folder.with_name(f"{config.name}-{arm}") / "best", device=config.device)
-    score = nelbo(model, tokenizer, _blocks(config, tokenizer, "test", TEST_BLOCKS), num_samples=TEST_SAMPLES)
+    test = _blocks(config, tokenizer, "test", TEST_BLOCKS)
+    score = nelbo(model, tokenizer, test, num_samples=TEST_SAMPLES, precision=config.precision)
     curves = {key: history.series(key, "tokens") for key in ("loss", "nelbo", "nelbo_stderr")}
     return {
         "tokens": history.last("tokens"),
         "tokens_per_second": history.last("tokens_per_second"),
         "nelbo": round(score.mean, 4),
-        "sample": generate(model, tokenizer, **PROMPT).text[0],
+        "sample": generate(model, tokenizer, **PROMPT, precision=config.precision).text[0],
         "per_block": [round(float(value), 4) for value in score.per_block],
         "curves": {key: [x, [round(value, 4) for value in y]] for key, (x, y) in curves.items()},
     }
@@ -182,6 +184,7 @@ def load(name: str) -> Recorded:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("profile", nargs="?", default="laptop", choices=sorted(PLANS))
-    asked = load_config("shift", parser.parse_args().profile)
-    record(asked, PLANS[asked.name.removeprefix("shift-")], RECORDED / f"{asked.name}.json")
-    print(f"recorded in {(RECORDED / asked.name).relative_to(PROJECT)}.json")
+    profile = parser.parse_args().profile
+    path = RECORDED / f"shift-{profile}.json"
+    record(load_config("shift", profile, name=path.stem), PLANS[profile], path)
+    print(f"recorded in {path.relative_to(PROJECT)}")

@@ -35,6 +35,7 @@ class Samples:
 
     text: list[str]
     tokens: Tensor
+    shown: Tensor  # [N, L] bool: what stands in `text`, and the begin token; not padding, nor what follows the end
     history: list[Reveal]  # empty unless return_history
     forward_passes: int
 
@@ -114,6 +115,7 @@ def generate(
     draws = seeded(seed, 0, "generate")
     choose = ORDERS[order](blocks, per_block, threshold, draws)
     attention_mask = _hide_padding(real, model, precision)
+    chunk = chunk_rows(model.get_output_embeddings().weight)  # never more logits than these at once
     was_training = model.training
     model.eval()
     history = []
@@ -131,10 +133,10 @@ def generate(
                 kept = choose.keep(_measured(model, tokenizer, sources, choose.measure), active[places])
                 places, columns, sources = places[kept], columns[kept], sources[kept.to(model.device)]
             revealed = active[places]
-            logits = _logits(model, tokenizer, sources)
-            if repetition_penalty != 1.0:
-                logits = _penalise(logits, canvas[revealed.to(model.device)], repetition_penalty)
-            tokens = draw(logits, temperature, top_p, top_k, draws)
+            shown = canvas[revealed.to(model.device)]  # [M, L]
+            chunks = zip(sources.split(chunk), shown.split(chunk), strict=True)
+            logits = (_penalise(_logits(model, tokenizer, some), seen, repetition_penalty) for some, seen in chunks)
+            tokens = torch.cat([draw(some, temperature, top_p, top_k, draws) for some in logits])  # [M]
             canvas[revealed.to(model.device), columns.to(model.device)] = tokens.to(model.device)
             holes[revealed, columns] = False
             bar.update(len(tokens))
@@ -146,8 +148,8 @@ def generate(
     canvas = canvas.cpu()
     if end is not None:  # the text ends before the end token
         real &= ~(written & ((canvas == end) & written).cumsum(1).bool())
-    text = [tokenizer.decode(row[shown][1:], skip_special_tokens=True) for row, shown in zip(canvas, real, strict=True)]
-    return Samples(text, canvas, history if return_history else [], len(history))
+    text = [tokenizer.decode(row[kept][1:], skip_special_tokens=True) for row, kept in zip(canvas, real, strict=True)]
+    return Samples(text, canvas, real, history if return_history else [], len(history))
 
 
 # ----------------------------------------------------------------------------------------------- the orders
@@ -254,6 +256,8 @@ def _keep_top(weights: Tensor, top_p: float | None, top_k: int | None) -> Tensor
 
 def _penalise(logits: Tensor, shown: Tensor, penalty: float) -> Tensor:
     """Lower the logits `[M, V]` of the tokens `[M, L]` that a sequence shows ([MASK], among them, is at -inf)."""
+    if penalty == 1.0:
+        return logits
     score = logits.gather(-1, shown)
     return logits.scatter(-1, shown, torch.where(score > 0, score / penalty, score * penalty))
 

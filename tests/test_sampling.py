@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dalm_utils import generate
+from dalm_utils import generate, sampling
 from dalm_utils.corpus import encode
 from dalm_utils.objective import hidden_states, logits_of
 from dalm_utils.sampling import ORDERS, draw
@@ -219,6 +219,9 @@ def test_padding_in_a_batch_of_prompts_changes_nothing(family):
     batch = generate(model, tokenizer, prompt=prompts, **options)
     alone = [generate(model, tokenizer, prompt=prompt, **options).text[0] for prompt in prompts]
     assert batch.text == alone and all(text.startswith(p) for text, p in zip(alone, prompts, strict=True))
+    lengths = [1 + len(ids) + 5 for ids in encode(tokenizer, prompts)]
+    assert batch.shown.sum(1).tolist() == lengths  # the begin token, the prompt, what was written; no padding
+    assert all(row[:length].all() for row, length in zip(batch.shown, lengths, strict=True))
 
 
 def test_blocks_are_filled_from_left_to_right(diffusion):
@@ -245,6 +248,7 @@ def test_nothing_is_computed_after_the_end():
     options = dict(prompt="Return", length=12, block_length=4, order="first_hitting")
     ended = generate(model, tokenizer, **options, stop_at_end=True)
     assert ended.text == ["Return"] and ended.forward_passes == 4
+    assert ended.shown.sum() == 1 + len(encode(tokenizer, ["Return"])[0])
     assert generate(model, tokenizer, **options).forward_passes == 12
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(5)  # of a chat, say: documents end with the begin token
     assert generate(model, tokenizer, **options, stop_at_end=True).tokens.tolist() == ended.tokens.tolist()
@@ -266,6 +270,24 @@ def test_by_default_each_token_has_a_step_of_its_own_in_blocks_too():
 def test_a_model_without_a_mask_token_is_named_with_the_remedy():
     with pytest.raises(ValueError, match=r"no \[MASK\] token; make it a diffusion model first: as_diffusion"):
         generate(tiny_model(vocab=len(tiny_tokenizer())), tiny_tokenizer(), length=4)
+
+
+@pytest.mark.parametrize("order", ["random", "confidence"])
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_no_more_logits_are_held_than_a_chunk_and_the_text_is_the_same(order, penalty, monkeypatch):
+    model, tokenizer = tiny_diffusion()
+    options = dict(length=20, steps=2, num_samples=3, order=order, repetition_penalty=penalty, precision="fp32")
+    whole = generate(model, tokenizer, **options)
+    most = []
+
+    def watched(logits, *rest):
+        most.append(len(logits))
+        return draw(logits, *rest)
+
+    monkeypatch.setattr(sampling, "chunk_rows", lambda weight: 7)
+    monkeypatch.setattr(sampling, "draw", watched)
+    in_chunks = generate(model, tokenizer, **options)
+    assert torch.equal(in_chunks.tokens, whole.tokens) and max(most) == 7 and sum(most) == 60
 
 
 def test_a_repetition_penalty_makes_shown_tokens_rarer():
