@@ -177,8 +177,7 @@ PROFILES: dict[str, dict[str, dict]] = {
     },
     "shift": {
         "laptop": LAPTOP | dict(
-            epochs=1, train_blocks=1_440, warmup_steps=30, anneal_steps=120, eval_every=45, eval_blocks=32,
-            save_every=180,
+            epochs=1, train_blocks=720, warmup_steps=15, anneal_steps=60, eval_every=30, eval_blocks=32, save_every=90,
         ),
         "real": REAL | AS_RECORDED | dict(
             epochs=1, train_blocks=2_400, warmup_steps=20, anneal_steps=100, eval_every=50, save_every=100
