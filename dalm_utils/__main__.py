@@ -160,8 +160,8 @@ def _status(options) -> None:
     history = History.load(folder.path / "history.jsonl")
     step = history.last("step") or 0
     print(f"{folder.path.name}: step {step} of {settings['total_steps']}, ", end="")
-    events = history.series("event")[1]
-    is_finished = step == settings["total_steps"] or bool(events and events[-1].startswith("finished"))
+    events, newest = history.series("event")[1], history.records[-1] if history.records else {}
+    is_finished = step == settings["total_steps"] or newest.get("event", "").startswith("finished")
     print("running now" if folder.is_claimed() else "finished" if is_finished else "not running")
     print(*events, sep="\n", end="\n" if events else "")
     print("checkpoints:", ", ".join(path.name for path in folder.checkpoints()) or "none yet")

@@ -1,7 +1,8 @@
 """Records the runs that notebook 2 is too short for: `python -m dalm_utils.ablation`.
 
 Each group of runs is one call of `train_arms`: the same batches, times, masks and annealing draws in every arm.
-Interrupted, the same command continues; what is done stands in notebooks/recorded/shift-<profile>.json.
+Interrupted, the same command continues; what is done stands in notebooks/recorded/shift-<profile>.json, and is not
+made again unless that file is deleted.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def record(config: RunConfig, plan: list[tuple], path: Path) -> None:
 def _as_json(content: dict) -> str:
     """A line for each short list, so that the file can be read and compared."""
     text = json.dumps(content, indent=1)
-    return re.sub(r"\[[\s\d.,-]+\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n"
+    return re.sub(r"\[\n[\s\d.,-]+\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n"
 
 
 def _about(config: RunConfig) -> dict:
@@ -187,4 +188,4 @@ if __name__ == "__main__":
     profile = parser.parse_args().profile
     path = RECORDED / f"shift-{profile}.json"
     record(load_config("shift", profile, name=path.stem), PLANS[profile], path)
-    print(f"recorded in {path.relative_to(PROJECT)}")
+    print(f"every run stands in {path.relative_to(PROJECT)}; to make them again, delete it and its runs first")

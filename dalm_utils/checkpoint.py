@@ -28,7 +28,7 @@ MACHINE_KEYS = ("seconds", "tokens_per_second", "memory", "eta")  # of a record:
 def write_whole(folder: Path, fill: Callable[[Path], None]) -> Path:
     """Fill a new folder beside `folder`, sync it, and rename it into place: a reader sees all of it or nothing.
 
-    An error leaves what was there untouched, and no half-written folder behind.
+    An error, or an interruption, leaves what was there untouched, and no half-written folder behind.
     """
     beside = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(beside, ignore_errors=True)
@@ -37,7 +37,7 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> Path:
         fill(beside)
         write_file(beside / MANIFEST, json.dumps({f.name: _digest(f) for f in sorted(beside.iterdir())}, indent=1))
         sync(*beside.iterdir(), beside)
-    except Exception:
+    except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
     if folder.exists():  # a folder cannot be renamed onto another: the old one steps aside, see `_recover`
@@ -175,7 +175,8 @@ class RunFolder:
 
     def _agree(self, settings: dict) -> None:
         written = self.path / "config.json"
-        if not written.exists():
+        models = [*self.path.glob("step-*"), *self.path.glob("best*")]
+        if not written.exists() or not models:  # a run that ended before its first checkpoint binds nobody
             self.path.mkdir(parents=True, exist_ok=True)
             write_file(written, json.dumps(settings, indent=1))
         before = DEFAULTS | json.loads(written.read_text())  # a field newer than the run stood at its default
@@ -187,7 +188,7 @@ class RunFolder:
         if changed:
             raise ValueError(
                 f"the run {self.path.name!r} exists with other settings ({'; '.join(changed)}). "
-                "Give this one another `name`, or pass resume='never' to move the old run aside."
+                "Give this one another `name`, or move the old run aside: pass resume='never', in a terminal --fresh."
             )
 
     def _recover(self) -> None:

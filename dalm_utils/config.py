@@ -58,7 +58,7 @@ class RunConfig:
     # the machine
     device: str = "auto"  # auto, cpu or cuda
     precision: str = "auto"  # auto: what the processor really has; or fp32, bf16, fp16
-    attention: str = "sdpa"  # while the mask is partly open; flex: no [L, L] mask, for long sequences on CUDA
+    attention: str = "sdpa"  # while the mask opens; flex, for long sequences on CUDA: no [L, L] mask but a teacher's
     compile: bool = False  # torch.compile each transformer block; pays on long runs
     gradient_checkpointing: bool = False  # less memory, a third more time
 

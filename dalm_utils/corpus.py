@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import sys
 import time
 from collections import deque
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .backbone import begin_id
-from .checkpoint import sync
+from .checkpoint import write_whole
 from .config import PROJECT
 from .documents import HELD_OUT, SPLITS, Skips, clean_documents, digest, identify, short_name, size_of, split_of
 
@@ -110,7 +109,7 @@ def load_corpus(source: str, tokenizer: PreTrainedTokenizerBase, *, field: str =
         Path(cache).mkdir(parents=True, exist_ok=True)
         with _alone(folder):
             if not _is_whole(folder):  # another process may have made it meanwhile
-                _make(folder, source, field, tokenizer, facts)
+                write_whole(folder, lambda place: _write(place, source, field, tokenizer, facts))
     return Corpus(folder, json.loads((folder / "facts.json").read_text()), begin_id(tokenizer))
 
 
@@ -137,21 +136,6 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _make(folder: Path, source: str, field: str, tokenizer: PreTrainedTokenizerBase, facts: dict) -> None:
-    """Write beside the place and rename: the folder is there whole, or not at all."""
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
-    unfinished.mkdir()
-    try:
-        _write(unfinished, source, field, tokenizer, facts)
-        sync(*unfinished.iterdir(), unfinished)
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-        sync(folder.parent)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _write(folder: Path, source: str, field: str, tokenizer: PreTrainedTokenizerBase, facts: dict) -> None:

@@ -79,23 +79,22 @@ def nelbo(
         ValueError: a model without [MASK], blocks longer than the model, or no sample.
     """
     blocks = stack(blocks)
-    masked = _random_sets(default_maskable(blocks), num_samples, seeded(seed, 0, "nelbo"))
+    sets = _random_sets(len(blocks), blocks.shape[1] - 1, num_samples, seeded(seed, 0, "nelbo"))
+    masked = F.pad(sets, (1, 0))  # position 0 begins the block and never counts
     tokens = blocks.repeat_interleave(num_samples, 0)
     noised = torch.where(masked, require_mask_id(model), tokens)
     means = _token_means(model, tokens, noised, masked, None, model.config.shift, batch_size, precision, progress)
     return _estimate(means.view(-1, num_samples).mean(1), tokenizer, blocks)
 
 
-def _random_sets(maskable: Tensor, num_samples: int, draws: torch.Generator) -> Tensor:
-    """Sets of maskable positions, `[N * S, L]` bool: for each row S sizes, one from each stratum of 1..n."""
+def _random_sets(rows: int, n: int, num_samples: int, draws: torch.Generator) -> Tensor:
+    """Sets of n positions, `[rows * S, n]` bool: for each row S sizes, one from each stratum of 1..n."""
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    n = maskable.sum(1, keepdim=True)  # [N, 1]
-    strata = (torch.arange(num_samples) + torch.rand(len(n), num_samples, generator=draws)) / num_samples
-    sizes = (1 + (strata * n).long()).minimum(n).flatten()  # [N * S], each in 1..n
-    allowed = maskable[:, 1:].repeat_interleave(num_samples, 0)  # position 0 begins the block and never counts
-    order = torch.rand(allowed.shape, generator=draws).where(allowed, math.inf).argsort(-1).argsort(-1)
-    return F.pad(order < sizes[:, None], (1, 0))
+    strata = (torch.arange(num_samples) + torch.rand(rows, num_samples, generator=draws)) / num_samples
+    sizes = (1 + (strata * n).long()).clamp(max=n).view(-1, 1)  # [rows * S, 1], each in 1..n
+    order = torch.rand(rows * num_samples, n, generator=draws).argsort(-1).argsort(-1)
+    return order < sizes
 
 
 @torch.no_grad()
@@ -113,7 +112,8 @@ def continuation_nelbo(
     """A bound on -log p(continuation | prompt), in nats for the whole continuation, and its standard error.
 
     As `nelbo`, with only the continuation ever masked: what multiple choice compares. Every draw masks at least
-    one token, so none scores zero, which would favour short choices. Continuations of one length get the same masks.
+    one token, so none scores zero, which would favour short choices. Continuations of one length get the same masks,
+    whatever comes before them.
 
     Args:
         prompt, continuation: texts, each tokenised by itself, or token ids.
@@ -124,12 +124,10 @@ def continuation_nelbo(
     before, after = (encode(tokenizer, [x])[0] if isinstance(x, str) else x for x in (prompt, continuation))
     if not after:
         raise ValueError(f"the continuation {continuation!r} has no token to score")
-    tokens = torch.tensor([[begin_id(tokenizer), *before, *after]])
-    maskable = torch.zeros_like(tokens, dtype=torch.bool)
-    maskable[:, -len(after) :] = True
-    masked = _random_sets(maskable, num_samples, seeded(seed, len(after), "continuation"))
-    masked, which = masked.unique(dim=0, return_inverse=True)  # a short continuation has few sets: score each once
-    tokens = tokens.repeat(len(masked), 1)
+    sets = _random_sets(1, len(after), num_samples, seeded(seed, len(after), "continuation"))
+    sets, which = sets.unique(dim=0, return_inverse=True)  # a short continuation has few sets: score each once
+    masked = F.pad(sets, (1 + len(before), 0))
+    tokens = torch.tensor([[begin_id(tokenizer), *before, *after]]).repeat(len(masked), 1)
     noised = torch.where(masked, require_mask_id(model), tokens)
     means = _token_means(model, tokens, noised, masked, None, model.config.shift, batch_size, precision)[which]
     totals = means * len(after)

@@ -35,6 +35,8 @@ def find(name: str, hub: str, revision: str | None) -> Path:
     tried = []
     if hub in ("auto", "local") and revision is None:
         for place in (BASES / name, Path(name), PROJECT / name):
+            if (place / "best" / "config.json").is_file():
+                raise FileNotFoundError(f"{name!r} is the folder of a run; its model is {name}/best")
             if (place / "config.json").is_file() or (place.suffix == ".gguf" and place.is_file()):
                 return place
         tried.append(f"checkpoints/base/{name} and {name!r}: neither a folder with config.json nor a .gguf file")

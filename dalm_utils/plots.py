@@ -157,7 +157,8 @@ def nelbo_against_tokens(histories: dict[str, History], ar_nll: float | None = N
 def _draw_nelbo(axis, histories: dict[str, History], ar_nll: float | None, x: str, **style) -> None:
     for (name, history), color in zip(histories.items(), cycle(COLORS), strict=False):
         places, means = history.series("nelbo", x)
-        errors = history.series("nelbo_stderr")[1]
+        # One held-out block gives no error.
+        errors = [r.get("nelbo_stderr") or 0.0 for r in history.records if r.get("nelbo") is not None]
         axis.errorbar(places, means, yerr=errors, color=color, marker="o", label=name, **style)
     if ar_nll is not None:
         axis.axhline(ar_nll, color=RED, linestyle="--", label=f"AR model: {ar_nll:.2f}")
@@ -310,6 +311,8 @@ def viewer(samples: Samples, tokenizer, row: int = 0) -> None:
     last = max(1, len(samples.history) - 1)
     spans = []
     for i, token in enumerate(ids):
+        if not samples.shown[row, i + 1]:
+            continue
         text = html.escape(tokenizer.decode([token]))
         shade = "#111" if born[i] < 0 else f"hsl(212,65%,{25 + 40 * born[i] / last:.0f}%)"
         spans.append(f"<span data-born='{born[i]}' style='color:{shade}'>{text}</span>")

@@ -39,7 +39,7 @@ from .annealing import anneal_ratio, annealed_block_mask, annealed_mask
 from .backbone import DTYPES, as_diffusion, load_base, mask_id_of, pick_precision, randomize, save_diffusion
 from .checkpoint import History, RunFolder
 from .config import FREE_FIELDS, RunConfig
-from .corpus import Blocks, load_corpus, tokenizer_digest
+from .corpus import load_corpus, tokenizer_digest
 from .evaluation import ar_nll, nelbo
 from .objective import corrupt, default_maskable, diffusion_loss, require_mask_id, sample_times, seeded
 from .sampling import generate
@@ -105,7 +105,7 @@ class Run:
         with accelerator.main_process_first():
             corpus = load_corpus(config.text, tokenizer, field=config.field)
         self.blocks = corpus.blocks("train", config.length, config.train_blocks)
-        self.held_out = _first(corpus.blocks("validation", config.length), config.eval_blocks)
+        self.held_out = corpus.blocks("validation", config.length, config.eval_blocks)
         self.global_batch = config.batch * config.accumulate * accelerator.num_processes
         self.total = config.steps or math.ceil(config.epochs * len(self.blocks) / self.global_batch)
         self.precision = pick_precision(config.precision, accelerator.device)
@@ -222,9 +222,16 @@ class Run:
             self._record(record)
         if self.is_done and self.step < self.total:
             self._record({"event": f"finished: no better NELBO in {self.stale} evaluations"})
-        if self.is_done or (save and self.watch.is_calm()):  # a good checkpoint is one to go back to
+        if self.is_done or (save and self._is_calm()):  # a good checkpoint is one to go back to
             self.save()
         return bool(record)
+
+    def _is_calm(self) -> bool:
+        return self.watch.is_calm(self._saturated())
+
+    def _saturated(self) -> float:
+        """Saturated predictions since the last record, of all processes."""
+        return self.accelerator.reduce(self.watch.values["saturated"], "sum").item()
 
     def _is_due(self, every: str) -> bool:
         return self.step % getattr(self.config, every) == 0 or self.step == self.total
@@ -317,8 +324,7 @@ class Run:
         """How training goes, and what is wrong with it, if anything."""
         tokens = self.step * self.global_batch * self.config.length
         scaler = self.accelerator.scaler
-        saturated = self.accelerator.reduce(self.watch.values["saturated"], "sum").item()
-        stability, trouble = self.watch.read(saturated, scaler.get_scale() if scaler else None)
+        stability, trouble = self.watch.read(self._saturated(), scaler.get_scale() if scaler else None)
         loss = self.accelerator.reduce(self.window_loss, "mean").item() / self.window_steps
         self.window_loss.zero_()
         self.window_steps = 0
@@ -429,7 +435,7 @@ class Run:
 
     def _go_back(self, trouble: str) -> None:
         """Continue from the newest checkpoint with a lower learning rate, and say so."""
-        was, rollbacks, seconds = self.step, self.rollbacks + 1, self.seconds
+        was, rollbacks, seconds, best = self.step, self.rollbacks + 1, self.seconds, self.best
         newest = self._on_main(self.folder.newest)
         if newest is None or rollbacks > MOST_ROLLBACKS:
             tried = f"after going back {rollbacks - 1} times" if self.rollbacks else "before the first checkpoint"
@@ -442,7 +448,7 @@ class Run:
         self._load_weights(newest)
         self._restore(newest)
         self.watch.forgive(counted)
-        self.rollbacks, self.seconds = rollbacks, seconds
+        self.rollbacks, self.seconds, self.best = rollbacks, seconds, best
         event = f"at step {was} {trouble}: back to step {self.step}, learning rate x {SLOWER**rollbacks:g}"
         self._record({"event": event})
         if self.is_main:
@@ -538,10 +544,6 @@ def _set_dropout(model: nn.Module, share: float) -> None:
 
 def _transformer_blocks(model: nn.Module) -> nn.ModuleList:
     return max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
-
-
-def _first(blocks: Blocks, count: int) -> Tensor:
-    return blocks[list(range(min(count, len(blocks))))]
 
 
 def _finite(value: float) -> float | None:

@@ -65,7 +65,7 @@ class Watch:
             loss_scale: of an FP16 run.
         """
         value = {name: tensor.item() for name, tensor in self.values.items()}
-        share = saturated / max(value["predictions"], 1)
+        share = self._share(saturated)
         figures = {
             "skipped": int(value["skipped"]),
             "spikes": int(value["spikes"]),
@@ -89,9 +89,12 @@ class Watch:
             return f"{share:.1%} of the predictions are saturated (more than {SATURATED:g} nats off)"
         return None
 
-    def is_calm(self) -> bool:
-        """Whether the latest step was usable."""
-        return self.values["in_a_row"].item() == 0
+    def is_calm(self, saturated: float) -> bool:
+        """Whether the latest step was usable, and the window is not saturated (a count over all processes)."""
+        return self.values["in_a_row"].item() == 0 and self._share(saturated) <= SATURATED_SHARE
+
+    def _share(self, saturated: float) -> float:
+        return saturated / max(self.values["predictions"].item(), 1)
 
     def state(self) -> dict[str, float]:
         """Everything, as numbers; `load` takes it back."""

@@ -77,9 +77,13 @@ def train_arms(
         for name, config in configs.items()
     }
     with _opened(arms, resume) as runs:
-        histories = {name: run.history for name, run in runs.items()}
-        _drive(runs, None if on_log is None else lambda: on_log(histories))
-        return histories
+        _drive(runs, None if on_log is None else lambda: on_log(_histories(runs)))
+        return _histories(runs)
+
+
+def _histories(runs: dict[str, Run]) -> dict[str, History]:
+    """As they are now: a run that goes back takes up another one."""
+    return {name: run.history for name, run in runs.items()}
 
 
 KINDS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)

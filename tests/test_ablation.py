@@ -79,6 +79,12 @@ def test_the_shipped_records_are_whole():
             assert run["nelbo"] == pytest.approx(np.mean(run["per_block"]), abs=1e-3)
 
 
+def test_a_record_keeps_numbers_in_a_line_and_texts_as_they_are():
+    content = {"sample": "array([ 1,  2,  3])\n[  4]", "per_block": [1.5, -2.0]}
+    written = ablation._as_json(content)
+    assert json.loads(written) == content and '"per_block": [ 1.5, -2.0 ]' in written
+
+
 def test_tokens_until_a_figure_is_reached():
     history = History(records=[{"tokens": 100 * i, "nelbo": value} for i, value in enumerate((8.0, 6.0, 5.0), 1)])
     assert history.tokens_until("nelbo", 7.0) == 150

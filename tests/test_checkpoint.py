@@ -54,11 +54,14 @@ def test_what_a_killed_process_left_is_put_right(tmp_path):
 
 
 def test_a_folder_belongs_to_one_writer_and_one_config(tmp_path):
-    first, _ = opened(tmp_path / "run", seed=1)
+    first, _ = opened(tmp_path / "run", seed=0)
     with pytest.raises(RuntimeError, match="another process is writing to the run 'run'"):
-        RunFolder(tmp_path / "run").open({"seed": 1})
+        RunFolder(tmp_path / "run").open({"seed": 0})
     assert RunFolder(tmp_path / "run").is_claimed()
     first.close()
+    first, _ = opened(tmp_path / "run", seed=1)  # nothing was learned yet with another one
+    first.close()
+    write(tmp_path / "run" / "step-000001")
     with pytest.raises(ValueError, match="seed: 1 then, 2 now"):
         RunFolder(tmp_path / "run").open({"seed": 2})
     with pytest.raises(ValueError, match=r"\(distill: 0\.0 then, 16\.0 now\)"):

@@ -57,6 +57,19 @@ def test_the_nelbo_of_a_continuation_is_unbiased_and_never_free():
         continuation_nelbo(model, tokenizer, prompt, "")
 
 
+def test_choices_of_one_length_are_scored_under_the_same_masks_whatever_comes_before(monkeypatch):
+    model, tokenizer = tiny_diffusion()
+    seen, score = [], evaluation._token_means
+    monkeypatch.setattr(
+        evaluation, "_token_means", lambda *given: seen.append((given[1], given[3])) or score(*given)
+    )  # tokens and what is masked
+    for prompt in ("Return the sum", "Return"):
+        continuation_nelbo(model, tokenizer, prompt, " of an array", num_samples=8)
+    ends = [masked[:, -len(encode(tokenizer, [" of an array"])[0]) :] for _, masked in seen]
+    assert torch.equal(*ends) and seen[0][0].shape[1] > seen[1][0].shape[1]
+    assert all(masked.sum() == end.sum() for (_, masked), end in zip(seen, ends, strict=True))  # nothing else is
+
+
 @torch.no_grad()
 def test_the_nelbo_of_one_token_is_exact():
     model, tokenizer = tiny_diffusion()

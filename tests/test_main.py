@@ -7,7 +7,7 @@ import pytest
 
 from dalm_utils import load_corpus, nelbo, save_diffusion
 from dalm_utils.__main__ import main
-from dalm_utils.checkpoint import RunFolder
+from dalm_utils.checkpoint import History, RunFolder
 from dalm_utils.quality import infilling
 from tests.helpers import TEXTS, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
 
@@ -111,6 +111,19 @@ def test_status_shows_where_a_run_stands(workplace, capsys, monkeypatch):
     assert main(["status", "nothing"]) == 1
     assert main(["status", str(run / "best")]) == 1  # a model
     assert "no run 'nothing'" in capsys.readouterr().err
+    assert main(["evaluate", str(run)]) == 1
+    assert "is the folder of a run; its model is" in capsys.readouterr().err
+
+
+def test_a_run_that_ran_out_of_patience_and_then_went_on_is_not_finished(workplace, capsys):
+    run = RunFolder(workplace / "runs" / "cli")
+    run.open({"total_steps": 12})
+    run.close()
+    history = History(run.path / "history.jsonl")
+    history.append({"step": 6, "tokens": 6, "event": "finished: no better NELBO in 3 evaluations"})
+    assert main(["status", str(run.path)]) == 0 and "step 6 of 12, finished" in capsys.readouterr().out
+    history.append({"step": 8, "tokens": 8, "loss": 5.0})
+    assert main(["status", str(run.path)]) == 0 and "step 8 of 12, not running" in capsys.readouterr().out
 
 
 def test_data_says_what_is_in_a_text_and_what_was_left_out(workplace, capsys):

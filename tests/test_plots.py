@@ -108,6 +108,20 @@ def test_the_viewer_holds_the_whole_text_and_each_tokens_birth(shown):
     assert births.count(-1) == len(births) - 10 and "<script" not in page and "type='range'" in page
 
 
+def test_the_viewer_leaves_padding_out(shown):
+    model, tokenizer = tiny_diffusion()
+    prompts = ["Return", "Return the sum of an array along the given axis."]
+    samples = generate(model, tokenizer, prompt=prompts, length=4, return_history=True)
+    plots.viewer(samples, tokenizer, row=0)
+    assert shown[0].data.count("data-born='") == samples.shown[0].sum() - 1 < samples.tokens.shape[1] - 1
+
+
+def test_a_score_of_a_single_block_is_drawn_without_an_error(shown):
+    run = History(records=[{"step": 10, "tokens": 100, "nelbo": 5.0, "nelbo_stderr": None}])
+    plots.nelbo_against_tokens({"run": run})
+    assert list(shown[0].axes[0].lines[0].get_ydata()) == [5.0]
+
+
 def test_live_draws_all_arms_in_colours_of_their_own(shown):
     live = plots.Live(every=0)
     live({"one": history(), "two": history()})

@@ -7,9 +7,9 @@ import signal
 import pytest
 import torch
 
-from dalm_utils import load_diffusion, train
+from dalm_utils import load_corpus, load_diffusion, nelbo, train, train_arms, training
 from dalm_utils.stability import MEMORY, Watch
-from tests.helpers import tiny_config, tiny_diffusion
+from tests.helpers import tiny_config, tiny_diffusion, tiny_tokenizer
 
 
 class Fault:
@@ -33,6 +33,10 @@ def broken(grad):
 
 def events(history):
     return [record["event"] for record in history.records if "event" in record]
+
+
+def held_out(config):
+    return load_corpus(config.text, tiny_tokenizer()).blocks("validation", config.length, config.eval_blocks)
 
 
 def faulty(folder, fault, **changes):
@@ -75,6 +79,14 @@ def test_without_a_spike_limit_no_norm_is_a_spike():
 
 
 # ------------------------------------------------------------------------------------------------ surviving
+def test_a_saturated_model_is_no_checkpoint_to_go_back_to():
+    watch = Watch(spike=None, max_skips=2)
+    watch.count(torch.tensor(2), 100)
+    assert not watch.is_calm(saturated=2) and watch.is_calm(saturated=1)
+    watch.judge(torch.tensor(float("nan")))
+    assert not watch.is_calm(saturated=0)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_goes_back_and_ends_well(tmp_path, precision):
     fault = Fault(range(11, 16), broken)
@@ -124,6 +136,52 @@ def test_saturated_logits_send_a_run_back(tmp_path):
     history = train(model, tokenizer, config, on_log=inflate)
     assert len(events(history)) == 1 and "predictions are saturated" in events(history)[0]
     assert "back to step 8" in events(history)[0] and history.last("saturated") == 0
+
+
+def test_between_two_records_too_a_saturated_model_is_not_saved(tmp_path):
+    model, tokenizer = tiny_diffusion()
+
+    def inflate(history, config):
+        if history.records[-1]["step"] == 10 and not events(history):
+            with torch.no_grad():
+                model.get_input_embeddings().weight.mul_(1e3)
+
+    config = tiny_config(tmp_path, steps=20, log_every=5, save_every=4)
+    history = train(model, tokenizer, config, on_log=inflate)  # step 12 is not saved, step 15 finds out
+    assert len(events(history)) == 1 and "at step 15" in events(history)[0] and "back to step 8" in events(history)[0]
+
+
+def test_the_best_model_stays_the_best_when_a_run_goes_back(tmp_path):
+    def spoil(history, config):
+        last = history.records[-1]
+        if last["step"] == 10 and "nelbo" in last:
+            seen.append(last["nelbo"])
+        factor = 1e3 if last["step"] == 11 and not events(history) else 3 if "event" in last else 1
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(factor)
+
+    seen, (model, tokenizer) = [], tiny_diffusion()
+    config = tiny_config(tmp_path, steps=12, log_every=1, eval_every=10, save_every=8)
+    history = train(model, tokenizer, config, on_log=spoil)
+    assert "back to step 8" in events(history)[0] and seen[0] < seen[1]  # it never gets as far again
+    state = json.loads((config.folder / "step-000012" / "state.json").read_text())
+    assert state["best"] == seen[0]
+    best = nelbo(*load_diffusion(config.folder / "best"), held_out(config), num_samples=2, precision="fp32")
+    assert best.mean == pytest.approx(seen[0], rel=1e-6)
+
+
+def test_an_arm_that_goes_back_gives_the_history_it_ends_with(tmp_path, monkeypatch):
+    shaky, tokenizer = tiny_diffusion()
+    models = iter([tiny_diffusion(), (Fault(range(11, 16), broken).strike(shaky), tokenizer)])
+    monkeypatch.setattr(training, "build", lambda config: next(models))
+    config = tiny_config(tmp_path, steps=24, log_every=1, eval_every=12, save_every=4, max_skips=3)
+    drawn = []
+    histories = train_arms(
+        {"calm": config, "shaky": config},
+        on_log=lambda now: drawn.append({name: history.last("step") for name, history in now.items()}),
+    )
+    assert len(events(histories["shaky"])) == 1 and histories["shaky"].last("step") == 24
+    assert drawn[-1] == {"calm": 24, "shaky": 24}
 
 
 def test_a_continued_run_remembers_that_it_went_back(tmp_path):
