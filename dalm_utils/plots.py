@@ -34,7 +34,7 @@ def mask_heatmaps(masks: dict[float, Tensor | None], length: int) -> None:
         open_edges = np.ones((length, length)) if mask is None else (mask[0, 0] == 0).float().numpy()
         axis.imshow(open_edges, cmap="Blues", vmin=0, vmax=1.3)
         axis.set(title=f"ratio {ratio:g}", xlabel="key position", xticks=[], yticks=[])
-    axes[0].set_ylabel("query position")
+    axes[0].set_ylabel("query position (dark: it sees the key)")
     _show(figure)
 
 
@@ -77,10 +77,10 @@ def expectations(places: list[tuple[str, dict[str, float], str]]) -> None:
     """What a model expects at some places: (the text before, token -> probability, the token that stood there)."""
     figure, axes = plt.subplots(1, len(places), figsize=(3.6 * len(places), 2.9))
     for axis, (before, likely, truth) in zip(axes, places, strict=True):
-        names = [_plain(token) for token in likely]
+        names = [_plain(token.replace(" ", "␣")) for token in likely]
         colors = [ORANGE if token == truth else BLUE for token in likely]
         axis.barh(range(len(names)), list(likely.values()), color=colors)
-        axis.set(yticks=range(len(names)), xlim=(0, 1), title=f"…{_plain(before)} [?]")
+        axis.set(yticks=range(len(names)), xlim=(0, 1), title=f"…{_plain(before)}[?]")
         axis.set_yticklabels(names)
         axis.invert_yaxis()
         axis.grid(False, axis="y")
@@ -248,8 +248,10 @@ def stability(history: History) -> None:
         axis.set(title=title, xlabel="optimizer step")
     axes[0].plot(*history.series("norm_limit"), color=ORANGE, linestyle=":", label="a spike, from here on")
     axes[0].set_yscale("log")
-    axes[1].set_ylim(0, max(1.0, 1.1 * (history.last("skipped") or 0)))
-    axes[2].set_ylim(0, max(0.02, *history.series("saturated")[1]))
+    most = max(1.0, history.last("skipped") or 0), max(0.02, *history.series("saturated")[1])
+    for axis, top in zip(axes[1:], most, strict=False):
+        axis.set_ylim(-0.05 * top, 1.1 * top)  # a line of zeros is seen too
+    axes[1].locator_params(axis="y", integer=True)
     figure.legend(*_once(axes[0]), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2)
     _show(figure)
 

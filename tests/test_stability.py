@@ -35,6 +35,17 @@ def events(history):
     return [record["event"] for record in history.records if "event" in record]
 
 
+def inflated(model, at):
+    """What blows the embedding up after step `at`, once."""
+
+    def blow(history, config):
+        if history.records[-1]["step"] == at and not events(history):
+            with torch.no_grad():
+                model.get_input_embeddings().weight.mul_(1e3)
+
+    return blow
+
+
 def held_out(config):
     return load_corpus(config.text, tiny_tokenizer()).blocks("validation", config.length, config.eval_blocks)
 
@@ -126,28 +137,16 @@ def test_an_fp16_spike_does_not_lower_the_loss_scale(tmp_path, fp16):
 
 def test_saturated_logits_send_a_run_back(tmp_path):
     model, tokenizer = tiny_diffusion()
-
-    def inflate(history, config):
-        if history.records[-1]["step"] == 10 and not events(history):
-            with torch.no_grad():
-                model.get_input_embeddings().weight.mul_(1e3)
-
     config = tiny_config(tmp_path, steps=16, log_every=1, save_every=4)
-    history = train(model, tokenizer, config, on_log=inflate)
+    history = train(model, tokenizer, config, on_log=inflated(model, at=10))
     assert len(events(history)) == 1 and "predictions are saturated" in events(history)[0]
     assert "back to step 8" in events(history)[0] and history.last("saturated") == 0
 
 
 def test_between_two_records_too_a_saturated_model_is_not_saved(tmp_path):
     model, tokenizer = tiny_diffusion()
-
-    def inflate(history, config):
-        if history.records[-1]["step"] == 10 and not events(history):
-            with torch.no_grad():
-                model.get_input_embeddings().weight.mul_(1e3)
-
     config = tiny_config(tmp_path, steps=20, log_every=5, save_every=4)
-    history = train(model, tokenizer, config, on_log=inflate)  # step 12 is not saved, step 15 finds out
+    history = train(model, tokenizer, config, on_log=inflated(model, at=10))  # step 12 is not saved, step 15 finds out
     assert len(events(history)) == 1 and "at step 15" in events(history)[0] and "back to step 8" in events(history)[0]
 
 
