@@ -11,13 +11,14 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 run: setup
 	@$(BIN)/python -m dalm_utils notebook notebooks/01_gpt2_full_training.ipynb
 
-# Runs of the tests live in a folder of their own: they neither continue nor disturb the user's.
+# Runs of the tests live in a folder of their own, with the settings of the stored notebooks: they neither continue nor
+# disturb the user's.
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && export DALM_RUNS="$$runs" && \
-	echo "$(BIN)/pytest tests" && $(BIN)/python -m pytest tests && \
-	echo "$(BIN)/pytest --nbval notebooks" && \
+	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && trap 'exit 130' INT TERM && \
+	unset $$(env | sed -n 's/^\(DALM_[A-Z0-9_]*\)=.*/\1/p') && export DALM_RUNS="$$runs" && set -x && \
+	$(BIN)/python -m pytest tests && \
 	$(BIN)/python -m pytest -p tests.nbval_tolerance --nbval --nbval-current-env $(NOTEBOOKS)
 
 setup: .venv/ready

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 
 from .config import PROFILES, PROJECT, RunConfig, check_names, load_config, parse_field
 
@@ -96,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(left)}")
     try:
         options.do(options)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -334,7 +335,7 @@ def _notebook(options) -> None:
     """Execute with the kernel's progress bars on the terminal; the results lie beside the run's checkpoints."""
     import nbformat
     from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
     from nbconvert import HTMLExporter
 
     class Client(NotebookClient):
@@ -357,16 +358,19 @@ def _notebook(options) -> None:
     client = Client(
         notebook,
         timeout=None,
-        extra_arguments=["--log-level=ERROR"],
+        extra_arguments=["--log-level=CRITICAL"],
         resources={"metadata": {"path": str(options.path.parent)}},
     )
     client.on_cell_start = announce
+    client.create_kernel_manager().shutdown_wait_time = 1200  # seconds; half of them to end a training step in
     target = options.path if options.in_place else PROJECT / "checkpoints" / "runs" / options.path.name
     failure = None
     try:
         client.execute()
     except CellExecutionError as error:
         failure = RuntimeError(f"a cell of {options.path.name} failed:\n{error}")
+    except (AssertionError, DeadKernelError):  # nbclient's own, after Ctrl-C: its kernel is gone
+        raise RuntimeError("stopped; the same command continues from the newest checkpoint") from None
     if failure is None or not options.in_place:  # a notebook under git is replaced by a whole run only
         target.parent.mkdir(parents=True, exist_ok=True)
         for cell in notebook.cells:  # when and how fast cells ran is nobody's business but the terminal's

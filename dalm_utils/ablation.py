@@ -78,7 +78,7 @@ def record(config: RunConfig, plan: list[tuple], path: Path) -> None:
             continue
         configs = arms(group, names)
         histories = train_arms(configs)
-        if any(history.last("step") < steps for history in histories.values()):
+        if any((history.last("step") or 0) < steps for history in histories.values()):
             raise SystemExit("stopped; the same command continues")
         done += [
             {"arm": name, "steps": steps, "seed": seed, **_result(history, configs[name], name)}

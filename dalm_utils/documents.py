@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import glob
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -157,7 +158,7 @@ def _numbered_lines(path: Path) -> Iterator[tuple[str, int, bytes]]:
 def _rows_on_disk(files: list[Path], field: str) -> Iterator[tuple[str, int, dict]]:
     for file in files:
         try:
-            yield from _parquet_rows(str(file), field)
+            yield from _parquet_rows(glob.escape(str(file)), field, file.name)  # a name may look like a pattern
         except Exception as error:  # of pyarrow or datasets
             raise ValueError(f"{str(file)!r} cannot be read as parquet: {error}") from error
 
@@ -165,20 +166,20 @@ def _rows_on_disk(files: list[Path], field: str) -> Iterator[tuple[str, int, dic
 def _arxiv_rows(wanted: arxiv.ArxivSet) -> Iterator[tuple[str, int, dict]]:
     try:
         for file in wanted.files():
-            yield from _parquet_rows(file, arxiv.FIELD)
+            yield from _parquet_rows(file, arxiv.FIELD, file.rpartition("/")[2])
     except Exception as error:  # each hub client has errors of its own; all of them mean "not from here"
         raise wanted.unreachable(error) from error
 
 
-def _parquet_rows(file: str, field: str) -> Iterator[tuple[str, int, dict]]:
-    """The rows of one parquet file, a path or an address, read a piece at a time."""
+def _parquet_rows(file: str, field: str, name: str) -> Iterator[tuple[str, int, dict]]:
+    """The rows of one parquet file, a pattern of paths or an address, read a piece at a time."""
     from datasets import load_dataset  # takes seconds to import
 
     rows = load_dataset("parquet", data_files=file, split="train", streaming=True)
     for number, row in enumerate(rows, 1):
         text = row.get(field)
         lines = text if isinstance(text, list) else [text]
-        yield f"{file.rpartition('/')[2]}:{number}", sum(len(x) for x in lines if isinstance(x, str)), row
+        yield f"{name}:{number}", sum(len(x) for x in lines if isinstance(x, str)), row
 
 
 def _parse_text(raw: bytes) -> str:

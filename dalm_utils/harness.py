@@ -118,7 +118,7 @@ class Responder:
     def _write(self, contexts: list[str], options: dict, seed: int) -> list[str]:
         length = options["max_gen_toks"]
         if length >= self.room:
-            raise ValueError(f"cannot write max_gen_toks={length} tokens: {self.room} fit the model; ask for fewer")
+            raise ValueError(f"cannot write max_gen_toks={length} tokens: at most {self.room - 1} fit beside a context")
         before = [ids[max(0, len(ids) + length - self.room) :] for ids in encode(self.tokenizer, contexts)]
         parts = [[torch.tensor(ids, dtype=torch.long), length] for ids in before]
         how = {name: options[name] for name in ("top_p", "top_k") if options.get(name)}

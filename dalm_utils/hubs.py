@@ -63,8 +63,9 @@ def require_files(place: str | Path, files: Iterable[str]) -> None:
     if missing:
         raise FileNotFoundError(
             f"{place} has no {' and no '.join(missing)}, only {', '.join(files) or 'nothing'}. Other weights are never "
-            "opened, since unpickling a file can run what it holds: convert them with save_pretrained where you trust "
-            "them, or name a revision that has safetensors (Hugging Face often offers one, as revision='refs/pr/1')"
+            "opened, since unpickling a file can run what it holds: where you trust them, convert them with "
+            "save_pretrained; or look for a revision that has safetensors, load_base(name, revision='refs/pr/1'), and "
+            "save that. Then name the folder"
         )
 
 

@@ -95,7 +95,7 @@ def generate(
         top_p, top_k: keep the smallest set of tokens with this probability; this many tokens.
         repetition_penalty: above 1 makes tokens less likely that the sequence shows already (arXiv 1909.05858).
         stop_at_end: what lies right of a block in which the document ends is not computed, and the text ends there.
-            As in a `Corpus`, documents end with the begin token.
+            As in a `Corpus`, documents end with the begin token. Not with text given after a gap.
         num_samples: texts for each prompt; they stand together in the result.
         progress: a bar on stderr, in tokens.
 
@@ -107,6 +107,8 @@ def generate(
     end = begin_id(tokenizer) if stop_at_end else None  # what follows each document in a text
     canvas, blocks, real = _canvas(model, tokenizer, [row for row in rows for _ in range(num_samples)], block_length)
     written = blocks >= 0  # [N, L]: what is ours to fill
+    if stop_at_end and (written.cumsum(1).bool() & real & ~written).any():
+        raise ValueError("stop_at_end ends a text in its gap, but here given text follows one; leave one of them out")
     holes = written.clone()
     most_holes, most_blocks = int(holes.sum(1).max()), int(blocks.max()) + 1
     per_block = steps // most_blocks if steps else min(most_holes, block_length or most_holes)
@@ -187,8 +189,9 @@ class _Greedy:
         """Indices of the best `quota` candidates in each row, and of all that are sure."""
         by_score = score.argsort(descending=True)
         by_row = by_score[rows[by_score].argsort(stable=True)]  # rows in order, best first in each
-        place = torch.arange(len(rows)) - torch.searchsorted(rows[by_row].contiguous(), rows[by_row].contiguous())
-        return by_row[(place < self.quota[rows[by_row]]) | (score[by_row] >= self.sure)]
+        ordered = rows[by_row]
+        place = torch.arange(len(rows)) - torch.searchsorted(ordered, ordered)
+        return by_row[(place < self.quota[ordered]) | (score[by_row] >= self.sure)]
 
 
 def _random(blocks: Tensor, per_block: int, threshold: float, draws: torch.Generator) -> _Planned:

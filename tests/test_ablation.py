@@ -38,6 +38,12 @@ def test_a_plan_is_recorded_group_by_group_and_continued(tmp_path, config, monke
     assert second[:5] == first["runs"] and [run["seed"] for run in second[5:]] == [1, 1]
 
 
+def test_stopped_before_the_first_record_it_says_how_to_go_on(tmp_path, config, monkeypatch):
+    monkeypatch.setattr(ablation, "train_arms", lambda configs: {name: History() for name in configs})
+    with pytest.raises(SystemExit, match="the same command continues"):
+        ablation.record(config, [(ablation.PAIR, 12, 0)], tmp_path / "shift-tiny.json")
+
+
 def test_a_budget_scales_the_schedule_with_the_run(config):
     small, large = (ablation.budget(config, steps, seed=0) for steps in (24, 240))
     for field in ("train_blocks", "anneal_steps", "warmup_steps", "eval_every", "save_every"):

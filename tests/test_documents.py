@@ -104,6 +104,12 @@ def test_an_article_is_found_without_its_field_being_named_and_may_be_a_list_of_
     assert skips.reasons == {"field 'text' is not a string": 1}
 
 
+def test_a_parquet_file_is_itself_whatever_its_name_looks_like(tmp_path):
+    wanted = write_parquet(tmp_path / "[arxiv]" / "papers[1].parquet", [{"text": TEXTS[0]}] * 3)
+    write_parquet(tmp_path / "[arxiv]" / "papers1.parquet", [{"text": "another"}])
+    assert list(documents(wanted)) == [TEXTS[0]] * 3
+
+
 def test_parquet_files_alone_and_in_a_folder(tmp_path):
     rows = [{"article": text, "abstract": "short"} for text in (*TEXTS, None, " ")]
     one = write_parquet(tmp_path / "set" / "deep" / "b.parquet", rows)

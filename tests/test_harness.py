@@ -109,7 +109,7 @@ def test_writing_stops_at_stop_strings_and_at_the_end_token():
     asked = [("Return", {"max_gen_toks": 4}), ("Return", {"max_gen_toks": 4, "until": ["", "zzz", "f o"]})]
     assert responder.generate_until(asked) == [" of of of of", " o"]
     assert respond(*insists_on(None)).generate_until(asked) == ["", ""]
-    with pytest.raises(ValueError, match="max_gen_toks=63 tokens: 63 fit"):
+    with pytest.raises(ValueError, match="max_gen_toks=63 tokens: at most 62 fit"):
         responder.generate_until([("Return", {"max_gen_toks": 63})])
 
 

@@ -1,5 +1,9 @@
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -8,6 +12,7 @@ import pytest
 from dalm_utils import load_corpus, nelbo, save_diffusion
 from dalm_utils.__main__ import main
 from dalm_utils.checkpoint import History, RunFolder
+from dalm_utils.config import PROJECT
 from dalm_utils.quality import infilling
 from tests.helpers import TEXTS, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
 
@@ -115,6 +120,14 @@ def test_status_shows_where_a_run_stands(workplace, capsys, monkeypatch):
     assert "is the folder of a run; its model is" in capsys.readouterr().err
 
 
+def test_a_damaged_model_is_one_line(tmp_path, capsys):
+    save_diffusion(*tiny_diffusion(), tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert main(["sample", str(tmp_path / "model")]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
 def test_a_run_that_ran_out_of_patience_and_then_went_on_is_not_finished(workplace, capsys):
     run = RunFolder(workplace / "runs" / "cli")
     run.open({"total_steps": 12})
@@ -199,6 +212,34 @@ def test_a_notebook_runs_with_progress_and_becomes_a_page(tmp_path, monkeypatch,
     assert [cell.execution_count for cell in executed.cells] == [1, 2, 3]
     assert not executed.cells[1].outputs  # progress bars and warnings stay on the terminal
     assert "where to look" in target.with_suffix(".html").read_text()
+
+
+STOPPED = """
+import signal, time
+from pathlib import Path
+asked = []
+for kind in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(kind, lambda *which: asked.append(which))
+Path("begun").touch()
+end = time.monotonic() + 60
+while not asked and time.monotonic() < end:
+    time.sleep(0.1)
+time.sleep(6)  # the step in hand, longer than a kernel gets by default
+Path("checkpoint").write_text(f"{len(asked)} signal")
+"""
+
+
+def test_a_notebook_that_is_stopped_ends_its_step_and_says_how_to_go_on(tmp_path):
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(STOPPED)]), tmp_path / "long.ipynb")
+    command = [sys.executable, "-m", "dalm_utils", "notebook", str(tmp_path / "long.ipynb"), "--in-place"]
+    process = subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and "error: stopped; the same command continues" in told and "Traceback" not in told
+    assert (tmp_path / "checkpoint").read_text() == "1 signal"
 
 
 def test_a_failing_notebook_says_which_line_and_keeps_the_stored_one(tmp_path, monkeypatch, capsys):

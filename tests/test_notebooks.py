@@ -4,13 +4,12 @@ import re
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
 import pytest
 
 from dalm_utils.config import PROJECT
-from tests.nbval_tolerance import snap, snap_outputs
+from tests.nbval_tolerance import RECORDED, snap, snap_outputs
 
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
 IGNORED = "nbval-ignore-output"
@@ -54,14 +53,23 @@ def test_each_checked_figure_would_be_missed(path):
                 assert snap_outputs([changed], [output])[0]["text"] != text
 
 
-@pytest.mark.parametrize("printed, passes", [("0.333", True), ("0.338", True), ("0.400", False)])
-def test_nbval_with_our_plugin_fails_when_a_figure_is_off(tmp_path, printed, passes):
+@pytest.mark.parametrize(
+    "printed, tags, passes",
+    [
+        ("0.333", [], True),
+        ("0.338", [], True),
+        ("0.400", [], False),
+        ("0.333", [RECORDED], True),
+        ("0.338", [RECORDED], False),
+    ],
+)
+def test_nbval_with_our_plugin_fails_when_a_figure_is_off(tmp_path, printed, tags, passes):
     cell = nbformat.v4.new_code_cell("import sys\nprint('noise', file=sys.stderr)\nprint(f'a third is {1 / 3:.3f}')")
     cell.execution_count = 1
+    cell.metadata["tags"] = tags
     cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=f"a third is {printed}\n")]
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "third.ipynb")
     command = [sys.executable, "-m", "pytest", "-p", "tests.nbval_tolerance", "-p", "no:cacheprovider", "--nbval"]
     command += ["--nbval-current-env", "--rootdir", str(tmp_path), str(tmp_path / "third.ipynb")]
     result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120)
     assert (result.returncode == 0) is passes, result.stdout
-    assert Path(tmp_path / "third.ipynb").exists()

@@ -257,6 +257,11 @@ def test_nothing_is_computed_after_the_end():
     assert other.forward_passes == 12 or tokenizer.eos_token_id in other.tokens[0, 2:]
 
 
+def test_an_end_before_given_text_is_refused():
+    with pytest.raises(ValueError, match="given text follows one"):
+        generate(*tiny_diffusion(), prompt="Return", suffix="of an array.", length=4, stop_at_end=True)
+
+
 def test_by_default_each_token_has_a_step_of_its_own_in_blocks_too():
     model, tokenizer = tiny_diffusion()
     assert generate(model, tokenizer, length=9, block_length=8, order="confidence").forward_passes == 9
