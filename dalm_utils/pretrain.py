@@ -25,9 +25,10 @@ from transformers import (
 )
 
 from .backbone import fuse_gelu, load_base, machine, save_diffusion
-from .checkpoint import History
+from .checkpoint import History, write_whole
 from .config import PROJECT, RunConfig, load_config
-from .corpus import CACHE, clean_documents, load_corpus, split_of
+from .corpus import CACHE, load_corpus
+from .documents import clean_documents, digest, identify, split_of
 from .evaluation import ar_nll, nelbo
 from .hubs import BASES
 from .run import build
@@ -65,8 +66,9 @@ LONG = dict(
 )  # fmt: skip
 
 
-def train_tokenizer(vocab: int, folder: Path, text: str, special: tuple[str, ...]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on the training split of a text; made once and kept in `folder`."""
+def train_tokenizer(vocab: int, text: str, special: tuple[str, ...]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on the training split of a text as it is now; made once and kept beside the texts."""
+    folder = CACHE / f"tokenizer-{digest(json.dumps([vocab, special, identify(text, 'text')]))[:12]}"
     if not folder.exists():
         bpe = tokenizers.ByteLevelBPETokenizer()
         texts = (document for document in clean_documents(text) if split_of(document) == "train")
@@ -74,7 +76,7 @@ def train_tokenizer(vocab: int, folder: Path, text: str, special: tuple[str, ...
         ends = {"bos_token": END, "eos_token": END} | ({"pad_token": PAD} if PAD in special else {})
         fast = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **ends)
         fast.model_max_length = CONTEXT
-        fast.save_pretrained(folder)
+        write_whole(folder, fast.save_pretrained)
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
@@ -101,9 +103,7 @@ def fresh_opt(shape: dict, tokenizer: PreTrainedTokenizerBase, seed: int = 0) ->
 def make_base(shape: str, config: RunConfig, fresh: Callable[..., PreTrainedModel] = fresh_gpt2) -> History:
     """Train one AR base from nothing; returns its history."""
     special = (END,) if fresh is fresh_gpt2 else (END, PAD)
-    vocab = SHAPES[shape]["vocab"]
-    name = f"tokenizer-{vocab}" if config.text == "docstrings" else f"tokenizer-{config.text}-{vocab}"
-    tokenizer = train_tokenizer(vocab, CACHE / name, config.text, special)
+    tokenizer = train_tokenizer(SHAPES[shape]["vocab"], config.text, special)
     return train(fresh(SHAPES[shape], tokenizer, config.seed), tokenizer, config)
 
 
@@ -114,7 +114,10 @@ def try_shapes(results: Path) -> list[dict]:
         config = AR.replace(
             name=f"trial-{shape}-{rate:g}", learning_rate=rate, steps=steps, eval_every=steps, save_every=steps
         )
-        last = make_base(shape, config).records[-1]
+        history = make_base(shape, config)
+        if history.last("nll") is None:
+            raise SystemExit("not finished; the same command continues")
+        last = history.records[-1]
         figures = {key: last[key] for key in ("tokens", "seconds", "nll", "bits_per_byte")}
         rows.append({"shape": shape, "learning_rate": rate, "steps": steps, **figures})
         results.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +128,7 @@ def try_shapes(results: Path) -> list[dict]:
 def ship(config: RunConfig, shape: str | None, **extra) -> Path:
     """Put a run's best checkpoint into checkpoints/base, in half precision, with its provenance and history."""
     history = History.load(config.folder / "history.jsonl")
-    if history.records[-1]["step"] < config.steps:
+    if (history.last("step") or 0) < config.steps:
         raise SystemExit("not finished; the same command continues")
     model, tokenizer = load_base(str(config.folder / "best"), hub="local")
     model = model.half().float()  # what ships is in half precision: measure that
