@@ -147,9 +147,9 @@ FREE_FIELDS = {
 LAPTOP = dict(base="tiny-gpt2", text="docstrings", length=256, batch=4, learning_rate=7e-4, distill=16.0)
 REAL = dict(
     base="data/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf", text="docstrings", length=128, batch=2,
-    learning_rate=2e-4, distill=16.0, eval_blocks=32,
+    learning_rate=2e-4, eval_blocks=32,
 )  # fmt: skip
-AS_RECORDED = dict(batch=8, learning_rate=1e-4, distill=0.0)  # the run of SmolLM2 that notebook 2 shows
+AS_RECORDED = dict(batch=8, learning_rate=1e-4)  # the run of SmolLM2 that notebook 2 shows
 FULL = dict(
     base="gpt2",
     text="arxiv:1",
