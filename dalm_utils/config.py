@@ -188,8 +188,8 @@ PROFILES: dict[str, dict[str, dict]] = {
     },
     "galactica": {
         "laptop": LAPTOP | dict(
-            base="tiny-galactica", text="mathematics", epochs=3, train_blocks=960, warmup_steps=60, anneal_steps=240,
-            eval_every=120, eval_blocks=48, save_every=120, spike=10.0, patience=3,
+            base="tiny-galactica", text="mathematics", epochs=3, train_blocks=800, warmup_steps=50, anneal_steps=200,
+            eval_every=100, eval_blocks=48, save_every=100, spike=10.0, patience=3,
         ),
         "real": REAL | dict(
             text="mathematics", epochs=3, train_blocks=800, warmup_steps=100, anneal_steps=12, eval_every=200,
