@@ -40,7 +40,7 @@ from .backbone import DTYPES, as_diffusion, load_base, mask_id_of, pick_precisio
 from .checkpoint import History, RunFolder
 from .config import FREE_FIELDS, RunConfig
 from .corpus import load_corpus, tokenizer_digest
-from .evaluation import ar_nll, nelbo
+from .evaluation import ar_nll, nelbo, stack
 from .objective import corrupt, default_maskable, diffusion_loss, require_mask_id, sample_times, seeded
 from .sampling import generate
 from .stability import MOST_ROLLBACKS, SATURATED, SLOWER, Unstable, Watch
@@ -105,7 +105,7 @@ class Run:
         with accelerator.main_process_first():
             corpus = load_corpus(config.text, tokenizer, field=config.field)
         self.blocks = corpus.blocks("train", config.length, config.train_blocks)
-        self.held_out = corpus.blocks("validation", config.length, config.eval_blocks)
+        self.held_out = stack(corpus.blocks("validation", config.length, config.eval_blocks))  # [N, L], read once
         self.global_batch = config.batch * config.accumulate * accelerator.num_processes
         self.total = config.steps or math.ceil(config.epochs * len(self.blocks) / self.global_batch)
         self.precision = pick_precision(config.precision, accelerator.device)
@@ -222,12 +222,9 @@ class Run:
             self._record(record)
         if self.is_done and self.step < self.total:
             self._record({"event": f"finished: no better NELBO in {self.stale} evaluations"})
-        if self.is_done or (save and self._is_calm()):  # a good checkpoint is one to go back to
+        if self.is_done or (save and self.watch.is_calm(self._saturated())):  # a good checkpoint is one to go back to
             self.save()
         return bool(record)
-
-    def _is_calm(self) -> bool:
-        return self.watch.is_calm(self._saturated())
 
     def _saturated(self) -> float:
         """Saturated predictions since the last record, of all processes."""
