@@ -1,12 +1,14 @@
 """How one training step of ours grows: tokens per second and peak memory against L, V, B and accumulation.
 
-Each point is a fresh process on the laptop base's shape, one number changed at a time. `--picture FILE` draws them,
-beside the tokens per second that the best rate of operations seen in the run would give.
+Each point is a fresh process on the laptop base's shape, one number changed at a time, and all points are visited in
+turn, `--rounds` times. `--picture FILE` draws them, beside the tokens per second that the best rate of operations seen
+in the run would give.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -24,18 +26,20 @@ SWEEPS = {
 NAMES = {"length": "length L", "vocab": "vocabulary V", "batch": "batch B", "accumulate": "accumulation steps"}
 
 
-def sweep(name: str, values: tuple[int, ...], rounds: int) -> list[dict]:
-    """One point for each value: tokens per second, operations per second and GiB."""
-    points = []
-    for value in values:
+def sweep(rounds: int) -> dict[str, list[dict]]:
+    """Seconds, GiB and operations of a step at each point: medians over rounds that visit all points in turn."""
+    taken = {(name, value): [] for name, values in SWEEPS.items() for value in values}
+    for _ in range(rounds):
+        for (name, value), runs in taken.items():
+            runs.append(alone("ours", "laptop", **USUAL | {name: value}, rounds=3))
+    results = {name: [] for name in SWEEPS}
+    for (name, value), runs in taken.items():
         asked = USUAL | {name: value}
-        point = alone("ours", "laptop", **asked, rounds=rounds)
         tokens = asked["batch"] * asked["length"] * asked["accumulate"]
+        point = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         point |= {"value": value, "tokens_per_second": tokens / point["seconds"], "per_token": point["work"] / tokens}
-        points.append(point)
-        rate = point["work"] / point["seconds"] / 1e9
-        print(f"| {NAMES[name]} | {value:,} | {point['tokens_per_second']:,.0f} | {rate:.0f} | {point['gib']:.2f} |")
-    return points
+        results[name].append(point)
+    return results
 
 
 def draw(results: dict[str, list[dict]], path: Path) -> None:
@@ -65,13 +69,18 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     asked = parser.parse_args()
     print(f"{machine()}\nthe laptop base's shape, {USUAL} but for the number named\n")
     print("| | | tokens/s | GFLOP/s | peak GiB |\n|---|---|---|---|---|")
-    results = {name: sweep(name, values, asked.rounds) for name, values in SWEEPS.items()}
+    results = sweep(asked.rounds)
+    for name, points in results.items():
+        for point in points:
+            rate = point["work"] / point["seconds"] / 1e9
+            speed = f"{point['tokens_per_second']:,.0f} | {rate:.0f}"
+            print(f"| {NAMES[name]} | {point['value']:,} | {speed} | {point['gib']:.2f} |")
     if asked.picture:
         draw(results, asked.picture)
     speeds = {name: [point["tokens_per_second"] for point in points] for name, points in results.items()}
