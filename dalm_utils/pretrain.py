@@ -61,7 +61,7 @@ BEST = ("4x288-8k", 2e-3)
 HOUR_OF_STEPS = 4_500
 MATHEMATICS = dict(steps=2_500, warmup_steps=100, compile=False)
 LONG = dict(
-    batch=8, learning_rate=1e-3, steps=16_000, warmup_steps=400, anneal_steps=2_000, eval_every=1_000, save_every=250,
+    batch=8, learning_rate=1e-3, steps=14_000, warmup_steps=400, anneal_steps=2_000, eval_every=500, save_every=250,
     sample_every=0, compile=True,
 )  # fmt: skip
 
