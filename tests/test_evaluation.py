@@ -115,6 +115,30 @@ def test_ar_nll_is_the_models_own_loss_also_after_adaptation():
     assert ar_nll(model, tokenizer, blocks, precision="fp32").mean == pytest.approx(own, rel=1e-5)
 
 
+def test_each_block_draws_one_size_from_each_stratum_and_any_positions():
+    n, count, rows = 12, 4, 3000
+    sets = evaluation._random_sets(rows, n, count, torch.Generator().manual_seed(0))
+    sizes = sets.sum(1).view(rows, count)
+    strata = torch.arange(count) * n // count
+    assert ((sizes > strata) & (sizes <= strata + n // count)).all()
+    for size in range(1, n + 1):  # 3 sizes in a stratum, 3000 draws of it: 1000 each, give or take 26
+        assert abs(int((sizes == size).sum()) - 1000) < 5 * 26
+    shares = sets[sets.sum(1) == 6].double().mean(0)  # half of the positions, each as often as any other
+    assert (shares - 0.5).abs().max() < 5 * 0.5 / 1000**0.5
+    uneven = evaluation._random_sets(2000, 5, 3, torch.Generator().manual_seed(0)).sum(1)  # n is no multiple of S
+    assert all(abs(int((uneven == size).sum()) - 1200) < 5 * 31 for size in range(1, 6))
+
+
+def test_bits_are_per_byte_of_the_text_and_nats_per_token_of_it():
+    model, tokenizer = tiny_diffusion()
+    texts = ["Zürich: π ≈ 3", "axis=0, ünïcode ∑"]
+    blocks = [torch.tensor([tokenizer.bos_token_id, *ids[:12]]) for ids in encode(tokenizer, texts)]
+    estimate = nelbo(model, tokenizer, blocks, num_samples=1, precision="fp32")
+    written = [tokenizer.decode(block[1:]) for block in blocks]
+    assert estimate.tokens == 24 and estimate.bytes == sum(len(text.encode()) for text in written)
+    assert estimate.bytes > sum(map(len, written))
+
+
 def test_units():
     estimate = Estimate(np.array([1.0, 3.0]), tokens=20, bytes=50)
     assert estimate.mean == 2.0 and estimate.perplexity == pytest.approx(math.e**2)
