@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
@@ -25,6 +27,7 @@ from transformers import (
 
 from dalm_utils import as_diffusion
 from dalm_utils.backbone import fuse_gelu
+from dalm_utils.checkpoint import MACHINE_KEYS
 from dalm_utils.config import RunConfig
 
 END = "<|endoftext|>"
@@ -155,6 +158,21 @@ def tiny_config(folder, **changes) -> RunConfig:
         device="cpu", precision="fp32",
     )  # fmt: skip
     return RunConfig(**{**settings, **changes})
+
+
+def comparable(history) -> list[dict]:
+    """The records without what differs when a run is repeated: its clock and its memory."""
+    return [{key: value for key, value in record.items() if key not in MACHINE_KEYS} for record in history.records]
+
+
+def stop_after(step: int):
+    """An on_log that presses Ctrl-C once a step is reached."""
+
+    def press(history, config):
+        if history.records[-1]["step"] == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return press
 
 
 def number_word(number: int) -> str:

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 
 from dalm_utils import train, training
+from dalm_utils.checkpoint import History
 from tests.helpers import tiny_config, tiny_diffusion
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -53,10 +55,25 @@ def allow_fsdp_on_cpus() -> None:
 
 
 def start(folder: Path, changes: dict, environment: dict | None = None):
-    """A process that trains; `.kill()` sends SIGKILL, `.terminate()` SIGTERM."""
-    process = CONTEXT.Process(target=train_tiny, args=(folder, changes, environment))
+    """A process that trains; `.kill()` sends SIGKILL, `.terminate()` SIGTERM. It does not outlive the tests."""
+    process = CONTEXT.Process(target=train_tiny, args=(folder, changes, environment), daemon=True)
     process.start()
     return process
+
+
+def last_step(folder: Path) -> int:
+    """How far the history of a run's folder goes."""
+    history = folder / "history.jsonl"
+    return History.load(history).last("step") or 0 if history.exists() else 0
+
+
+def wait_for_step(folder: Path, step: int, *processes, seconds: float = 60) -> None:
+    """Until the history shows a step; an error if one of the processes ends before, or if it takes too long."""
+    deadline = time.monotonic() + seconds
+    while last_step(folder) < step:
+        assert all(process.is_alive() for process in processes), f"a process ended before step {step}"
+        assert time.monotonic() < deadline, f"step {step} was not reached within {seconds:g} seconds"
+        time.sleep(0.005)
 
 
 def start_many(count: int, folder: Path, changes: dict, environment: dict | None = None) -> list:

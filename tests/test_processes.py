@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +15,7 @@ from dalm_utils.checkpoint import History, RunFolder, is_whole
 from dalm_utils.config import PROJECT
 from dalm_utils.run import Run
 from tests.helpers import tiny_base, tiny_config, tiny_diffusion
-from tests.processes import start_many
+from tests.processes import start_many, wait_for_step
 
 STEPS = dict(steps=24, log_every=2, eval_every=6, save_every=4, sample_every=12)
 FSDP = {
@@ -92,19 +91,12 @@ def test_an_unstable_run_goes_back_on_all_processes_and_tells_why_it_ends(tmp_pa
     assert ours.series("loss")[1] == pytest.approx(expected.series("loss")[1], rel=1e-5)  # steps 13 to 18: taken again
 
 
-def wait_for_step(config, step, processes):
-    history = config.folder / "history.jsonl"
-    while not history.exists() or (History.load(history).last("step") or 0) < step:
-        assert all(process.is_alive() for process in processes)
-        time.sleep(0.005)
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path, alone, way):
     changes = dict(batch=2, base=tiny_base(tmp_path), distill=4.0, **STEPS)
     config = tiny_config(tmp_path, **changes)
     processes = start_many(2, tmp_path, changes, WAYS[way])
-    wait_for_step(config, 6, processes)
+    wait_for_step(config.folder, 6, *processes)
     for process in processes:
         process.terminate()  # as a launcher does when it is stopped: they agree on a step, and save it
     for process in processes:
@@ -120,7 +112,7 @@ def test_when_one_worker_is_killed_the_others_say_so_and_leave_a_whole_checkpoin
     changes = dict(batch=2, base=tiny_base(tmp_path), distill=4.0, **STEPS)
     config = tiny_config(tmp_path, **changes)
     processes = start_many(2, tmp_path, changes)
-    wait_for_step(config, 6, processes)
+    wait_for_step(config.folder, 6, *processes)
     processes[1].kill()
     processes[0].join(60)
     assert processes[0].exitcode == 1

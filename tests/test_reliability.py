@@ -21,18 +21,17 @@ from jupyter_client.manager import start_new_kernel
 from safetensors.torch import load_file
 
 from dalm_utils import checkpoint, train
-from dalm_utils.checkpoint import MACHINE_KEYS, History, RunFolder, is_whole, write_whole
+from dalm_utils.checkpoint import History, RunFolder, is_whole, write_whole
 from dalm_utils.config import PROJECT
-from tests.helpers import tiny_base, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
-from tests.processes import start
+from tests.helpers import comparable, tiny_base, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
+from tests.processes import last_step, start, wait_for_step
 
 LONG = dict(steps=60, save_every=3, log_every=2, eval_every=10, anneal_steps=30, dropout=0.1)
 
 
 def outcome(folder: Path) -> tuple:
     """The history, but for its clock, and the weights that a finished run left."""
-    records = History.load(folder / "history.jsonl").records
-    records = [{key: value for key, value in record.items() if key not in MACHINE_KEYS} for record in records]
+    records = comparable(History.load(folder / "history.jsonl"))
     last = RunFolder(folder).checkpoints()[-1]
     assert is_whole(last)
     return records, load_file(last / "model.safetensors"), load_file(folder / "best" / "model.safetensors")
@@ -44,11 +43,6 @@ def assert_same(ours: tuple, expected: tuple) -> None:
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-def last_step(folder: Path) -> int:
-    history = folder / "history.jsonl"
-    return History.load(history).last("step") or 0 if history.exists() else 0
-
-
 def kill_again_and_again(folder: Path, kills: int, settings: dict, seed: int) -> dict:
     """SIGKILL a run `kills` times, each time some steps further and at any moment of a step; then let it end."""
     draw = random.Random(seed)
@@ -56,8 +50,9 @@ def kill_again_and_again(folder: Path, kills: int, settings: dict, seed: int) ->
     targets = sorted(draw.randint(0, settings["steps"] - 20) for _ in range(kills))  # it must not end first
     figures = {"kills": 0, "while writing a checkpoint": 0, "steps repeated": 0}
     for target in targets:
+        further = max(target, last_step(run) + 1)
         process = start(folder, settings)
-        while process.is_alive() and last_step(run) < target:
+        while process.is_alive() and last_step(run) < further:
             time.sleep(0.002)
         time.sleep(draw.uniform(0, 0.06))
         process.kill()
@@ -123,6 +118,28 @@ def test_power_may_fail_at_any_operation_of_writing_a_checkpoint(tmp_path, monke
             assert (tmp_path / "best" / "weights").read_text() in ("old", "new")
             write("old")
     assert survived >= 8 and (tmp_path / "best" / "weights").read_text() == "new"
+
+
+def test_what_is_written_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    """A move may reach the disk before the data does, unless file by file and folder these were synced first."""
+    synced, moved, fsync, rename = set(), [], os.fsync, Path.rename
+
+    def watched_sync(descriptor):
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def watched_rename(source, target):
+        if source.name == "best.unfinished":
+            moved.append({path.stat().st_ino for path in (source, *source.iterdir())} <= synced)
+        return rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", watched_sync)
+    monkeypatch.setattr(Path, "rename", watched_rename)
+    for _ in ("new", "once more"):
+        write_whole(tmp_path / "best", lambda folder: (folder / "weights").write_text("of a model"))
+        assert tmp_path.stat().st_ino in synced  # and that it moved is on the disk too
+        synced.clear()
+    assert moved == [True, True]
 
 
 @pytest.fixture(scope="module")
@@ -232,11 +249,9 @@ def test_only_one_process_writes_to_a_run(tmp_path):
     settings = {**LONG, "steps": 100_000}
     config = tiny_config(tmp_path, **settings)
     first = start(tmp_path, settings)
-    while last_step(config.folder) < 4:
-        assert first.is_alive()
-        time.sleep(0.01)
+    wait_for_step(config.folder, 4, first)
     with pytest.raises(RuntimeError, match="another process is writing to the run 'tiny'; wait for it or stop it"):
-        train(*tiny_diffusion(), config)
+        train(*tiny_diffusion(), config, on_log=lambda *_: pytest.fail("two processes write to one run"))
     first.terminate()  # SIGTERM: it ends its step and writes a checkpoint
     first.join(60)
     assert first.exitcode == 0 and "run it again to continue" in (tmp_path / "messages-0").read_text()
@@ -262,8 +277,7 @@ def test_the_stop_button_ends_a_cell_cleanly_and_it_goes_on_when_run_again(tmp_p
         reached = 0
         for _ in range(2):
             client.execute(TRAINING_CELL.format(folder=str(tmp_path)))
-            while last_step(config.folder) < reached + 5:
-                time.sleep(0.02)
+            wait_for_step(config.folder, reached + 5)
             manager.interrupt_kernel()
             assert client.get_shell_msg(timeout=60)["content"]["status"] == "ok"
             stopped = last_step(config.folder)

@@ -1,15 +1,13 @@
 """Faults are put into real runs, at the gradient or the weights; each run survives, says so, and ends well."""
 
 import json
-import os
-import signal
 
 import pytest
 import torch
 
 from dalm_utils import load_corpus, load_diffusion, nelbo, train, train_arms, training
 from dalm_utils.stability import MEMORY, Watch
-from tests.helpers import tiny_config, tiny_diffusion, tiny_tokenizer
+from tests.helpers import stop_after, tiny_config, tiny_diffusion, tiny_tokenizer
 
 
 class Fault:
@@ -184,16 +182,12 @@ def test_an_arm_that_goes_back_gives_the_history_it_ends_with(tmp_path, monkeypa
 
 
 def test_a_continued_run_remembers_that_it_went_back(tmp_path):
-    def stop(history, config):
-        if history.records[-1]["step"] == 18:
-            os.kill(os.getpid(), signal.SIGINT)
-
     fault = Fault(range(11, 16), broken)
     expected, whole = faulty(tmp_path, fault, name="whole")
     fault.seen = 0
     model, tokenizer = tiny_diffusion()
     config = tiny_config(tmp_path, steps=24, log_every=1, eval_every=12, save_every=4, max_skips=3)
-    train(fault.strike(model), tokenizer, config, on_log=stop)
+    train(fault.strike(model), tokenizer, config, on_log=stop_after(18))
     again, _ = tiny_diffusion(seed=5)
     history = train(again, tokenizer, config)
     assert events(history) == events(whole) and history.series("lr") == whole.series("lr")

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import signal
@@ -20,27 +21,23 @@ from dalm_utils import (
     train_arms,
     training,
 )
-from dalm_utils.checkpoint import MACHINE_KEYS
+from dalm_utils.annealing import anneal_ratio
+from dalm_utils.objective import hidden_states, sample_times, seeded
 from dalm_utils.run import Run, learning_rate
-from tests.helpers import tiny_base, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
-
-
-def comparable(history):
-    return [{k: v for k, v in record.items() if k not in MACHINE_KEYS} for record in history.records]
+from tests.helpers import (
+    FAMILIES,
+    comparable,
+    stop_after,
+    tiny_base,
+    tiny_config,
+    tiny_diffusion,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 
 def weights(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def stop_after(step):
-    """An on_log that presses Ctrl-C once a step is reached."""
-
-    def press(history, config):
-        if history.records[-1]["step"] == step:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    return press
 
 
 def test_training_lowers_loss_and_nelbo_and_leaves_what_it_promises(tmp_path):
@@ -160,27 +157,81 @@ def test_arms_are_paired_and_each_equals_training_alone(tmp_path):
 
 def test_arms_draw_the_same_batches_times_masks_and_annealing(tmp_path):
     config = tiny_config(tmp_path)
-    accelerator = training._accelerator(config)
-    one = Run(*tiny_diffusion(), config.replace(name="one"), accelerator)
-    other = Run(*tiny_diffusion(shift=False, seed=5), config.replace(name="other", shift=False), accelerator)
+    plain = config.replace(name="other", shift=False)
     seen = []
-    for step in range(4):
-        one.step = other.step = step
-        batch = one._batch()
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(batch[:4], other._batch()[:4], strict=True))
-        assert torch.equal(one._attention_mask(), other._attention_mask())
-        seen.append(batch[2])
+    with opened(*tiny_diffusion(), config) as one, opened(*tiny_diffusion(shift=False, seed=5), plain) as other:
+        for one.step in range(4):
+            other.step = one.step
+            batch = one._batch()
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(batch[:4], other._batch()[:4], strict=True))
+            assert torch.equal(one._attention_mask(), other._attention_mask())
+            seen.append(batch[2])
     assert not torch.equal(seen[0], seen[1])  # and they differ from step to step
+
+
+@contextlib.contextmanager
+def opened(model, tokenizer, config):
+    """A run that has taken no step yet."""
+    one = Run(model, tokenizer, config, training._accelerator(config))
+    yield one
     one.close()
-    other.close()
+
+
+@pytest.mark.parametrize("times", ["stratified", "uniform"])
+@pytest.mark.parametrize("normalize", ["maskable", "masked"])
+def test_a_step_minimises_the_loss_that_was_asked_for(tmp_path, times, normalize):
+    model, tokenizer = tiny_diffusion()
+    config = tiny_config(tmp_path, times=times, normalize=normalize, eps=0.3, steps=1, log_every=1)
+    with opened(model, tokenizer, config.replace(name="look")) as look:
+        tokens, noised, masked, drawn, _ = look._batch()
+        mask = look._attention_mask()
+    assert torch.equal(drawn, sample_times(4, method=times, eps=0.3, generator=seeded(0, 0, "times")))
+    expected = diffusion_loss(model, tokens, noised, masked, drawn, attention_mask=mask, normalize=normalize)
+    assert train(model, tokenizer, config).last("loss") == pytest.approx(expected.loss.item(), rel=1e-5)
+
+
+def test_the_optimizer_is_the_one_that_was_asked_for(tmp_path):
+    config = tiny_config(tmp_path, weight_decay=0.3, beta2=0.9, warmup_steps=4, clip=1e-3)
+    with opened(*tiny_diffusion(), config) as run:
+        matrices, vectors = run.adamw.param_groups
+        assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.3, 0.0)
+        dims = [{weight.dim() for weight in group["params"]} for group in (matrices, vectors)]
+        assert dims == [{2}, {1}] and sum(len(g["params"]) for g in run.adamw.param_groups) == len(
+            list(run.model.parameters())
+        )
+        run.advance()
+        for group in (matrices, vectors):
+            assert group["betas"] == (0.9, 0.9) and group["lr"] == learning_rate(config, 0, 12) == 3e-3 / 4
+        moments = torch.cat([state["exp_avg"].flatten() for state in run.adamw.state.values()])
+        assert moments.norm().item() == pytest.approx(0.1 * config.clip, rel=1e-2)  # a tenth of the clipped gradient
+
+
+def test_the_mask_opens_as_the_run_goes_on(tmp_path):
+    ahead = torch.ones(16, 16, dtype=torch.bool).triu(1)  # 120 edges
+    with opened(*tiny_diffusion(), tiny_config(tmp_path, anneal_steps=6)) as run:
+        for run.step in range(5):
+            mask = run._attention_mask()[0, 0]
+            assert (mask[~ahead] == 0).all()
+            assert (mask[ahead] == 0).double().mean() == pytest.approx(anneal_ratio(run.step, 6), abs=0.1)
+        run.step = 5
+        assert anneal_ratio(5, 6) == 1 and run._attention_mask() is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropout_is_what_the_config_says_whatever_it_was(tmp_path, family):
+    model, tokenizer = tiny_diffusion(family)
+    tokens = torch.randint(1, 300, (2, 16), generator=torch.Generator().manual_seed(0))
+    for share in (0.5, 0.0):
+        with opened(model, tokenizer, tiny_config(tmp_path, name=f"dropout-{share}", dropout=share)):
+            once, again = (hidden_states(model.train(), tokens) for _ in range(2))
+        assert torch.equal(once, again) == (share == 0)
 
 
 def test_the_ar_objective_is_the_next_token_loss(tmp_path):
     model, tokenizer = tiny_model(vocab=320), tiny_tokenizer()
     config = tiny_config(tmp_path, objective="ar", steps=1, log_every=1)
-    look = Run(model, tokenizer, config.replace(name="look"), training._accelerator(config))
-    tokens = look._batch()[0]
-    look.close()
+    with opened(model, tokenizer, config.replace(name="look")) as look:
+        tokens = look._batch()[0]
     own = model(tokens, labels=tokens).loss.item()
     history = train(model, tokenizer, config)
     assert history.records[0]["loss"] == pytest.approx(own, rel=1e-5)
@@ -222,11 +273,10 @@ def test_an_interrupted_fp16_run_keeps_its_loss_scale(tmp_path, fp16, stop):
 
 def test_every_block_is_seen_once_in_an_epoch(tmp_path):
     config = tiny_config(tmp_path, steps=None, epochs=2)
-    one = Run(*tiny_diffusion(), config, training._accelerator(config))
-    count = len(one.blocks)
-    assert one.total == -(-2 * count // 4)
-    first, second = ([one._block_at(e * count + i) for i in range(count)] for e in (0, 1))
-    one.close()
+    with opened(*tiny_diffusion(), config) as run:
+        count = len(run.blocks)
+        assert run.total == -(-2 * count // 4)
+        first, second = ([run._block_at(e * count + i) for i in range(count)] for e in (0, 1))
     assert sorted(first) == sorted(second) == list(range(count)) and first != second
 
 
@@ -274,8 +324,15 @@ def test_cuda_where_there_is_none_is_refused(tmp_path):
 
 
 def test_compiled_and_checkpointed_blocks_give_the_same_curve(tmp_path):
-    plain = train(*tiny_diffusion(), tiny_config(tmp_path, name="plain"))
-    checkpointed = train(*tiny_diffusion(), tiny_config(tmp_path, name="checkpointed", gradient_checkpointing=True))
+    def watched(**changes):
+        model, tokenizer = tiny_diffusion()
+        passes = []
+        model.transformer.h[0].mlp.register_forward_pre_hook(lambda mlp, _: passes.append(1) if mlp.training else None)
+        return train(model, tokenizer, tiny_config(tmp_path, **changes)), len(passes)
+
+    plain, once = watched(name="plain")
+    checkpointed, twice = watched(name="checkpointed", gradient_checkpointing=True)
+    assert (once, twice) == (12, 24)  # what was not kept is computed again
     assert checkpointed.last("loss") == pytest.approx(plain.last("loss"), rel=1e-5)
 
     def count(history, config):
