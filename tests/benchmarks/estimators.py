@@ -9,10 +9,11 @@ from __future__ import annotations
 import time
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dalm_utils import corrupt, load_corpus, load_diffusion, sample_times
-from dalm_utils.evaluation import _token_means
+from dalm_utils.evaluation import _random_sets, _token_means
 from tests.benchmarks import finish, machine, options
 
 
@@ -27,14 +28,10 @@ def by_times(method: str, count: int, masks: int, n: int, draws: torch.Generator
 
 
 def by_counts(stratified: bool, count: int, masks: int, n: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A random set of a random size, as LLaDA's evaluation does: the mean over the set, all sizes alike."""
-    uniform = torch.rand(count, masks, generator=draws)
-    if stratified:
-        uniform = (torch.arange(masks) + uniform) / masks
-    sizes = (1 + (uniform * n).long()).clamp_(max=n).flatten()
-    masked = torch.zeros(count * masks, n + 1, dtype=torch.bool)
-    masked[:, 1:] = torch.rand(count * masks, n, generator=draws).argsort(-1).argsort(-1) < sizes[:, None]
-    return masked, torch.ones(count * masks)
+    """A random set of a random size: the mean over the set, all sizes alike; a text's sizes one from each stratum,
+    as `evaluation.nelbo` does, or independent, as LLaDA's evaluation."""
+    texts, each = (count, masks) if stratified else (count * masks, 1)
+    return F.pad(_random_sets(texts, n, each, draws), (1, 0)), torch.ones(count * masks)
 
 
 def in_pairs(count: int, masks: int, n: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:

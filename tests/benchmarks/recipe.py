@@ -52,7 +52,7 @@ def trial(recipe: str, profile: str, tokens: float, seed: int) -> dict:
     settings = parse(recipe)
     anneal, warmup, kind = (settings.pop(name) for name in ("anneal", "warmup", "begin"))
     base = load_config("gpt2", profile, device="cpu", precision="fp32", seed=seed, sample_every=0, **settings)
-    steps = round(tokens / (base.batch * base.length))
+    steps = round(tokens / (base.batch * base.accumulate * base.length))
     with tempfile.TemporaryDirectory() as folder:
         config = base.replace(
             name="trial", runs=folder, steps=steps, anneal_steps=max(1, round(anneal * steps)),
@@ -65,7 +65,7 @@ def trial(recipe: str, profile: str, tokens: float, seed: int) -> dict:
     if history.last("step") < steps:
         raise SystemExit("stopped: this trial counts for nothing, and starts again next time")
     held_out = dalm.load_corpus(config.text, tokenizer).blocks("validation", config.length, limit=96)
-    score = dalm.nelbo(model, tokenizer, held_out, num_samples=4)
+    score = dalm.nelbo(model, tokenizer, held_out, num_samples=4, precision="fp32")
     return {
         "tokens": history.last("tokens"),
         "seconds": round(history.last("seconds"), 1),

@@ -148,13 +148,14 @@ def main() -> None:
     figures = {}
     for size in asked.sizes:
         shape = dict(batch=asked.batch, length=asked.length, rounds=2)
-        taken = {way: [] for way in WAYS}
+        taken, rates = {way: [] for way in WAYS}, []
         for _ in range(asked.rounds):
+            rates.append(gemm_rate())
             for way in WAYS:
                 taken[way].append(alone(way, size, **shape))
         seconds = {way: statistics.median(one["seconds"] for one in runs) for way, runs in taken.items()}
         memory = {way: max(one["gib"] for one in runs) for way, runs in taken.items()}
-        rate = gemm_rate()
+        rate = statistics.median(rates)
         done = taken["ours"][0]["work"] / seconds["ours"]
         print(f"\n{size}, batch {asked.batch}, length {asked.length}, median of {asked.rounds} rounds\n")
         print("| step | tokens/s | peak GiB |\n|---|---|---|")

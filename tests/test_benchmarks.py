@@ -1,0 +1,70 @@
+"""The benchmarks run, at sizes that measure nothing, and the documents say what their records say."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import tests.benchmarks
+from dalm_utils.config import PROJECT
+from tests.benchmarks import cost, estimators, recipe, sampling, train_step
+from tests.helpers import tiny_diffusion
+
+
+@pytest.mark.parametrize("path", sorted(Path(tests.benchmarks.__path__[0]).glob("*.py")), ids=lambda path: path.stem)
+def test_each_says_what_it_measures(path):
+    assert importlib.import_module(f"tests.benchmarks.{path.stem}").__doc__
+
+
+@pytest.mark.parametrize("way", train_step.WAYS)
+def test_each_way_to_train_takes_a_step(way, monkeypatch):
+    monkeypatch.setattr(train_step, "keep_memory", lambda: None)  # for the whole process
+    step = train_step.stepper(way, "laptop", batch=2, length=16, vocab=64, accumulate=2)
+    model = next(cell.cell_contents for cell in step.__closure__ if isinstance(cell.cell_contents, torch.nn.Module))
+    before = model.get_input_embeddings().weight.clone()
+    step()
+    assert step.work > 0 and not torch.equal(model.get_input_embeddings().weight, before)
+
+
+@pytest.mark.parametrize("name", estimators.WAYS)
+def test_each_estimator_weighs_what_it_masks_to_one(name):
+    masked, weights = estimators.WAYS[name](500, 4, 15, torch.Generator().manual_seed(0))
+    each = len(masked) // 500
+    assert masked.shape == (500 * each, 16) and not masked[:, 0].any()
+    counted = (weights * masked.any(1)).view(500, each).mean(1)  # the estimate where every token costs one nat
+    assert counted.mean() == pytest.approx(1, abs=0.1)
+
+
+def test_the_plain_sampler_fills_all_positions():
+    model, _ = tiny_diffusion()
+    canvas = sampling.plain(model, length=12, steps=5, top_p=0.9)
+    assert canvas.shape == (1, 13) and not (canvas == model.config.mask_token_id).any()
+
+
+def test_the_table_of_all_trials_is_what_the_record_says():
+    table = recipe.table(recipe.RESULTS.read_text().splitlines())
+    assert table in (PROJECT / "tests" / "benchmarks" / "RECIPE.md").read_text()
+
+
+def test_a_recipe_names_what_differs_from_the_plain_one():
+    assert recipe.parse("") == recipe.PLAIN
+    asked = recipe.parse("released batch=2 lr=5e-4 begin=bos warmup=0.1")
+    assert asked == recipe.PLAIN | recipe.RELEASED | dict(batch=2, learning_rate=5e-4, begin="bos", warmup=0.1)
+
+
+def test_what_the_profile_full_would_take_is_what_the_readme_says(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["cost"])
+    cost.main()
+    shown = re.findall(
+        r"^\| \w+ \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| (\d+) \| \d+ \| ([\d.]+) \|$", capsys.readouterr().out, re.M
+    )
+    rows = re.findall(
+        r"^\| [123][^|]* \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| (\d+) \| ([\d.]+) \|",
+        (PROJECT / "README.md").read_text(),
+        re.M,
+    )
+    assert len(rows) == len(shown) == 3
+    for ours, computed in zip(rows, shown, strict=True):
+        assert ours[:4] == computed[:4] and float(ours[4]) == pytest.approx(float(computed[4]), abs=0.5)
