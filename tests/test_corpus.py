@@ -6,10 +6,14 @@ import time
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dalm_utils import corpus
 from dalm_utils.corpus import Blocks, encode, load_corpus
+from dalm_utils.documents import identify
 from dalm_utils.hubs import BASES
 from tests.helpers import TEXTS, tiny_diffusion, tiny_tokenizer
 from tests.test_documents import write_lines
@@ -125,6 +129,29 @@ def test_a_corpus_is_made_once_whole_and_found_again(tmp_path, monkeypatch):
     assert load_corpus(str(moved), tokenizer, cache=tmp_path / "cache").facts["digest"] == made.facts["digest"]
     monkeypatch.setattr(corpus, "VERSION", 99)
     assert load_corpus(source, tokenizer, cache=tmp_path / "cache").folder != made.folder
+
+
+def test_a_text_is_made_anew_when_its_field_its_file_or_its_packages_change(tmp_path, monkeypatch):
+    file = tmp_path / "t.jsonl"
+    source = write_lines(file, [{**row, "title": row["text"][::-1]} for row in MANY])
+    made, title = (load_corpus(source, tiny_tokenizer(), field=field, cache=tmp_path) for field in ("text", "title"))
+    assert made.facts["digest"] != title.facts["digest"]
+    changed = file.stat().st_mtime_ns + 1
+    file.write_bytes(file.read_bytes().replace(b"Return the", b"Result the"))  # of the same size
+    os.utime(file, ns=(changed, changed))
+    assert load_corpus(source, tiny_tokenizer(), cache=tmp_path).facts["digest"] != made.facts["digest"]
+    now = {text: identify(text, "text") for text in ("docstrings", "mathematics")}
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "99")
+    assert all(identify(text, "text") != installed for text, installed in now.items())
+
+
+def test_ids_beyond_16_bits_are_kept(tmp_path):
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(70_000)}, unk_token="w1"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w0", eos_token="w0")
+    source = write_lines(tmp_path / "t.jsonl", [{"text": " ".join(f"w{i}" for i in range(69_900, 70_000))}])
+    made = load_corpus(source, tokenizer, cache=tmp_path)
+    assert made.blocks("train", 2).tokens.tolist() == [*range(69_900, 70_000), 0]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from dalm_utils import continuation_nelbo, save_diffusion
+from dalm_utils import continuation_nelbo, generate, harness, save_diffusion
 from dalm_utils.corpus import encode
 from dalm_utils.harness import Responder, main, register
 from dalm_utils.objective import hidden_states, logits_of
@@ -111,6 +111,18 @@ def test_writing_stops_at_stop_strings_and_at_the_end_token():
     assert respond(*insists_on(None)).generate_until(asked) == ["", ""]
     with pytest.raises(ValueError, match="max_gen_toks=63 tokens: at most 62 fit"):
         responder.generate_until([("Return", {"max_gen_toks": 63})])
+
+
+def test_what_a_task_asks_of_a_text_reaches_the_sampler(monkeypatch):
+    asked = []
+    monkeypatch.setattr(harness, "generate", lambda *_, **options: asked.append(options) or generate(*_, **options))
+    responder = respond(*tiny_diffusion(), order="confidence", steps=3, block_length=2, seed=5)
+    how = dict(temperature=0.7, top_p=0.9, top_k=5)
+    responder.generate_until([("Return", {"max_gen_toks": 4}), ("Return", {"max_gen_toks": 4, **how})])
+    same = dict(order="confidence", steps=3, block_length=2, stop_at_end=True, precision="fp32")
+    for options in asked:
+        options.pop("parts")
+    assert asked == [same | dict(temperature=0.0, seed=5), same | how | dict(seed=6)]
 
 
 def test_answers_to_a_batch_are_the_answers_alone_in_the_same_order():

@@ -5,11 +5,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 
-from dalm_utils import load_corpus, nelbo, save_diffusion
+from dalm_utils import load_corpus, nelbo, sampling, save_diffusion
 from dalm_utils.__main__ import main
 from dalm_utils.checkpoint import History, RunFolder
 from dalm_utils.config import PROJECT
@@ -118,6 +119,22 @@ def test_status_shows_where_a_run_stands(workplace, capsys, monkeypatch):
     assert "no run 'nothing'" in capsys.readouterr().err
     assert main(["evaluate", str(run)]) == 1
     assert "is the folder of a run; its model is" in capsys.readouterr().err
+
+
+def test_every_option_of_sample_reaches_the_sampler(tmp_path, monkeypatch, capsys):
+    save_diffusion(*tiny_diffusion(), tmp_path / "model")
+    asked = []
+    monkeypatch.setattr(
+        sampling, "generate", lambda model, tokenizer, **options: asked.append(options) or SimpleNamespace(text=["a"])
+    )
+    options = dict(
+        prompt="Return", suffix="of", length=5, steps=4, order="threshold", threshold=0.7, block_length=2,
+        temperature=0.5, top_p=0.9, top_k=3, repetition_penalty=1.2, seed=8,
+    )  # fmt: skip
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert main(["sample", str(tmp_path / "model"), *words, "--stop-at-end", "--num", "2"]) == 0
+    assert asked == [options | dict(stop_at_end=True, num_samples=2, progress=True)]
+    assert capsys.readouterr().out == "a\n"
 
 
 def test_a_damaged_model_is_one_line(tmp_path, capsys):
