@@ -72,7 +72,7 @@ def nelbo(
         blocks: `[N, L]` long, or a sequence of `[L]` such as `Blocks`; position 0 is the begin token.
         num_samples: masks drawn per block.
         batch_size: sequences in one forward pass.
-        precision: of the matrix products; see `RunConfig.precision`.
+        precision: of the trunk's matrix products (the head runs in its weights' dtype); see `RunConfig.precision`.
         progress: a bar on stderr, in batches.
 
     Raises:

@@ -6,6 +6,7 @@ causal: `diffusion_loss(model, tokens, tokens, maskable, ones, attention_mask=an
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from dataclasses import dataclass
 
@@ -112,8 +113,15 @@ def hidden_states(model: nn.Module, tokens: Tensor, attention_mask: Tensor | Non
 
 
 def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
-    """Logits `[..., V]` in float32 at least; [MASK], where the model has one, gets no probability."""
-    return _forbid(_at_least_float32(model.get_output_embeddings()(hidden)), mask_id_of(model))
+    """Logits `[..., V]` in float32 at least; [MASK], where the model has one, gets no probability.
+
+    The head runs in the weights' own dtype, also under autocast: the logits of an AR base lie far below zero, where
+    bfloat16 knows every half only, and ties and shifts what is scored and drawn.
+    """
+    head = model.get_output_embeddings()
+    with _without_autocast(hidden):
+        logits = head(hidden.to(head.weight.dtype))
+    return _forbid(_at_least_float32(logits), mask_id_of(model))
 
 
 def mask_id_of(model: nn.Module) -> int | None:
@@ -148,7 +156,17 @@ def _forbid(logits: Tensor, mask_id: int | None) -> Tensor:
 def _matmul_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which a matrix product of this tensor would run here, autocast considered."""
     kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+    return torch.get_autocast_dtype(kind) if _is_autocast(kind) else tensor.dtype
+
+
+def _is_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Matrix products run in the dtype of their factors."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if _is_autocast(kind) else contextlib.nullcontext()
 
 
 def diffusion_loss(
@@ -215,20 +233,23 @@ def diffusion_loss(
             closed = annealed_mask(tokens.shape[1], 0.0, dtype=teacher.dtype, device=tokens.device)
             known = hidden_states(teacher, tokens, closed)[rows, columns - 1]  # [M, D']
 
-    # 4. Cross entropies there, and only there, weighed by 1/t.
+    # 4. Cross entropies there, and only there, weighed by 1/t; what is only scored is scored as `logits_of` says.
     head = model.get_output_embeddings()
     weights = 1.0 / times[rows]
-    total, token_nll = _WeightedNLL.apply(
-        sources,
-        head.weight,
-        head.bias,
-        tokens[rows, columns],
-        weights,
-        mask_id_of(model),
-        _matmul_dtype(sources),
-        torch.is_grad_enabled(),
-        None if known is None else (known, teacher.get_output_embeddings(), share),
-    )
+    learning = torch.is_grad_enabled()
+    dtype = _matmul_dtype(sources) if learning else head.weight.dtype
+    with _without_autocast(sources):
+        total, token_nll = _WeightedNLL.apply(
+            sources,
+            head.weight,
+            head.bias,
+            tokens[rows, columns],
+            weights,
+            mask_id_of(model),
+            dtype,
+            learning,
+            None if known is None else (known, teacher.get_output_embeddings(), share),
+        )
 
     # 5. Divide by a count that does not depend on the draw.
     num_maskable = maskable.sum()

@@ -102,8 +102,7 @@ class Run:
         self.model, self.tokenizer, self.config, self.accelerator = model, tokenizer, config, accelerator
         self.is_main, self.is_ar = accelerator.is_main_process, config.objective == "ar"
         self._check_model()
-        with accelerator.main_process_first():
-            corpus = load_corpus(config.text, tokenizer, field=config.field)
+        corpus = load_corpus(config.text, tokenizer, field=config.field)  # one process prepares it, the others wait
         self.blocks = corpus.blocks("train", config.length, config.train_blocks)
         self.held_out = stack(corpus.blocks("validation", config.length, config.eval_blocks))  # [N, L], read once
         self.global_batch = config.batch * config.accumulate * accelerator.num_processes
@@ -156,6 +155,8 @@ class Run:
         self.adamw = _adamw(model, config)
         self.adamw.register_step_pre_hook(self._leave_out)
         self.objective, self.optimizer = accelerator.prepare(module, self.adamw)
+        if accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(accelerator.device)  # of a run before this one
 
     def _load_teacher(self) -> PreTrainedModel:
         """The base as it was, frozen; every process has a whole one."""
