@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 from dalm_utils.config import PROJECT
-from tests.nbval_tolerance import RECORDED, snap
+from tests.nbval_tolerance import RECORDED, snap, snap_outputs
 
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
 IGNORED = "nbval-ignore-output"
@@ -39,6 +39,18 @@ def test_close_figures_pass_and_others_fail():
     assert snap("NELBO 5.312, better by 0.92", stored) != stored
     assert snap("nelbo 5.312 +- 0.041, better by 0.92", stored) != stored
     assert snap("step 100", "step 101") != "step 101"  # whole numbers are compared to the letter
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_each_checked_figure_would_be_missed(path):
+    """Change any one stored decimal by 12% and 0.1: the outputs no longer compare as equal."""
+    for cell in code_cells(path):
+        for output in cell.outputs:
+            text = output.get("text", "")
+            for number in re.finditer(r"\d+\.\d+", text):
+                wrong = f"{float(number[0]) * 1.12 + 0.1:.4f}"
+                changed = {**output, "text": text[: number.start()] + wrong + text[number.end() :]}
+                assert snap_outputs([changed], [output])[0]["text"] != text
 
 
 THIRD = "import sys\nprint('noise', file=sys.stderr)\nprint(f'a third is {1 / 3:.3f}')"

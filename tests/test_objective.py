@@ -148,7 +148,7 @@ def test_in_bf16_the_loss_and_its_gradient_stay_close():
 
 @torch.no_grad()
 def test_what_is_scored_meets_the_head_in_its_own_dtype_under_autocast():
-    """Where logits lie at -100, as those of an AR base do, bfloat16 has one number in two nats' quarter."""
+    """Where logits lie at -100, as those of an AR base do, bfloat16 knows every half only."""
     model, _ = tiny_diffusion(tied=False)
     model.get_output_embeddings().bias = torch.nn.Parameter(torch.full((321,), -100.0))
     tokens, noised, masked, times = noisy_batch()
