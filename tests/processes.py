@@ -30,7 +30,7 @@ def train_tiny(folder: Path, changes: dict, environment: dict | None = None) -> 
     torch.set_num_threads(1)
     messages = (folder / f"messages-{os.environ.get('RANK', '0')}").open("a", buffering=1)
     sys.stdout = sys.stderr = messages
-    if "ACCELERATE_USE_FSDP" in os.environ:
+    if "ACCELERATE_USE_FSDP" in os.environ and os.environ["ACCELERATE_USE_CPU"] == "true":
         allow_fsdp_on_cpus()
     try:
         train(*tiny_diffusion(), tiny_config(folder, **changes))
@@ -77,7 +77,7 @@ def wait_for_step(folder: Path, step: int, *processes, seconds: float = 60) -> N
 
 
 def start_many(count: int, folder: Path, changes: dict, environment: dict | None = None) -> list:
-    """`count` processes of one run, joined by gloo over the loopback, as a launcher would start them."""
+    """`count` processes of one run, joined over the loopback as a launcher would, by gloo unless told otherwise."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -13,6 +13,8 @@ import statistics
 import time
 from collections.abc import Callable
 
+import torch
+
 from dalm_utils import backbone
 
 
@@ -30,13 +32,21 @@ def machine() -> str:
     return f"{datetime.date.today()}, {backbone.machine()}"
 
 
+def settle() -> None:
+    """Wait until a GPU, where there is one, has done what it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def in_turns(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds of each way, all measured once in every round; the first round only warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, do in ways.items():
+            settle()
             begun = time.perf_counter()
             do()
+            settle()
             if turn:
                 seconds[name].append(time.perf_counter() - begun)
     return {name: statistics.median(values) for name, values in seconds.items()}

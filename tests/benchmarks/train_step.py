@@ -2,10 +2,10 @@
 
     ours      masked positions only, fused GELU and AdamW, memory kept, no dropout, the processor's own precision
     plain     every position's logits, a dense mask for each sequence, the same precision, no dropout
-    released  plain in float32 with dropout 0.1, as the authors' release would run on this machine
+    released  plain with dropout 0.1, on a CPU in float32, as the authors' release would run on this machine
     ar        ordinary AR finetuning through transformers' own loss, in our precision
 
-Each way has fresh processes of its own, in turns.
+Each way has fresh processes of its own, in turns. Where there is a GPU, it is the GPU that is measured.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from dalm_utils import annealed_mask, corrupt, diffusion_loss, sample_times
-from dalm_utils.backbone import autocast, fuse_gelu, keep_memory, pick_precision
+from dalm_utils.backbone import DTYPES, autocast, fuse_gelu, keep_memory, pick_device, pick_precision
+from dalm_utils.run import _transformer_blocks
 from tests.benchmarks import finish, in_turns, machine
 
-CPU = torch.device("cpu")
+DEVICE = pick_device()
+STEPS = {"cpu": 1, "cuda": 20}  # timed together: a GPU works on one while the next is prepared
 WAYS = ("ours", "plain", "released", "ar")
 
 
@@ -56,47 +58,68 @@ def make(size: str, dropout: float, positions: int, vocab: int | None = None) ->
 
 
 def stepper(
-    way: str, size: str, batch: int, length: int, vocab: int | None = None, accumulate: int = 1
+    way: str,
+    size: str,
+    batch: int,
+    length: int,
+    vocab: int | None = None,
+    accumulate: int = 1,
+    precision: str = "auto",
+    compile_blocks: bool = False,
 ) -> Callable[[], None]:
     """A function that takes one whole training step, the noise included."""
-    model = make(size, 0.1 if way == "released" else 0.0, length, vocab)
-    if way == "ours":  # what `load_base` does
-        keep_memory()
+    model = make(size, 0.1 if way == "released" else 0.0, length, vocab).to(DEVICE)
+    if way == "ours":  # what `load_base` and a run do
+        if DEVICE.type == "cpu":
+            keep_memory()
         model = fuse_gelu(model)
-    precision = "fp32" if way == "released" else "auto"
+        if compile_blocks:
+            for block in _transformer_blocks(model):
+                block.compile()
+    if way == "released" and DEVICE.type == "cpu":
+        precision = "fp32"
+    precision = pick_precision(precision, DEVICE)
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=precision == "fp16")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=way == "ours")
     mask_id = model.config.mask_token_id
-    dtype = torch.bfloat16 if pick_precision(precision, CPU) == "bf16" else torch.float32
+    dtype = DTYPES[precision]
     tokens = torch.randint(mask_id, (batch, length))
+    there = tokens.to(DEVICE)
     model.config.is_causal = way == "ar"
 
-    def ours() -> torch.Tensor:
+    def send(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.pin_memory().to(DEVICE, non_blocking=True) if DEVICE.type == "cuda" else tensor
+
+    def ours() -> torch.Tensor:  # drawn on the CPU, the same everywhere, and sent
         times = sample_times(batch)
         noised, masked = corrupt(tokens, times, mask_id)
-        open_half = annealed_mask(length, 0.5, dtype=dtype)
-        return diffusion_loss(model, tokens, noised, masked, times, attention_mask=open_half).loss
+        open_half = send(annealed_mask(length, 0.5, dtype=dtype))
+        parts = map(send, (tokens, noised, masked, times))
+        return diffusion_loss(model, *parts, attention_mask=open_half, num_masked=int(masked.sum())).loss
 
     def plain() -> torch.Tensor:
-        times = sample_times(batch, method="uniform")
-        noised, masked = corrupt(tokens, times, mask_id)
-        mask = annealed_mask(length, 0.5).expand(batch, 1, length, length).contiguous()
-        positions = torch.arange(length)[None]
+        times = sample_times(batch, method="uniform", device=DEVICE)
+        noised, masked = corrupt(there, times, mask_id)
+        mask = annealed_mask(length, 0.5, device=DEVICE).expand(batch, 1, length, length).contiguous()
+        positions = torch.arange(length, device=DEVICE)[None]
         logits = model(noised, attention_mask=mask.to(dtype), position_ids=positions, use_cache=False).logits
-        nll = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        nll = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), there[:, 1:].flatten(), reduction="none")
         return (nll.view(batch, -1) * masked[:, 1:] / times[:, None]).sum() / masked[:, 1:].numel()
 
     def ar() -> torch.Tensor:
-        return model(tokens, labels=tokens, use_cache=False).loss
+        return model(there, labels=there, use_cache=False).loss
 
     loss_of = {"ours": ours, "ar": ar}.get(way, plain)
 
     def step() -> None:
         for _ in range(accumulate):
-            with autocast(CPU, precision):
+            with autocast(DEVICE, precision):
                 loss = loss_of() / accumulate
-            loss.backward()
+            scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
 
     step.work = accumulate * work(model, batch, length)
@@ -112,14 +135,21 @@ def work(model: PreTrainedModel, batch: int, length: int) -> float:
     return batch * length * (6 * inside + attention + 0.5 * 6 * head.weight.numel())
 
 
-def gemm_rate(size: int = 2048) -> float:
+def gemm_rate(precision: str = "auto") -> float:
     """Operations per second of a large matrix product in our precision."""
-    dtype = torch.bfloat16 if pick_precision("auto", CPU) == "bf16" else torch.float32
-    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    dtype, size = DTYPES[pick_precision(precision, DEVICE)], 8192 if DEVICE.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
     return 2 * size**3 / in_turns({"gemm": lambda: a @ b}, 20)["gemm"]
 
 
-def alone(way: str, size: str, **numbers: int) -> dict[str, float]:
+def peak() -> float:
+    """GiB: the most that was allocated on the GPU, or that this process ever held."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def alone(way: str, size: str, **numbers: int | str) -> dict[str, float]:
     """A fresh process that takes a few steps: median seconds of one, and its peak memory in GiB."""
     command = [sys.executable, "-m", "tests.benchmarks.train_step", "--only", way, "--sizes", size]
     command += [word for name, number in numbers.items() for word in (f"--{name}", str(number))]
@@ -135,32 +165,38 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vocab", type=int, help="another vocabulary than the size has")
     parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--precision", default="auto", choices=("auto", *DTYPES))
+    parser.add_argument("--compile", type=int, default=0, choices=(0, 1), help="compile the blocks of ours")
     parser.add_argument("--only", choices=WAYS, help="one way alone, in this process: its seconds and peak memory")
     asked = parser.parse_args()
     if asked.only:
-        step = stepper(asked.only, asked.sizes[0], asked.batch, asked.length, asked.vocab, asked.accumulate)
-        seconds = in_turns({"step": step}, asked.rounds)["step"]
-        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(json.dumps({"seconds": seconds, "gib": held, "work": step.work}))
+        numbers = (asked.batch, asked.length, asked.vocab, asked.accumulate, asked.precision, bool(asked.compile))
+        step = stepper(asked.only, asked.sizes[0], *numbers)
+        together = STEPS[DEVICE.type]
+        seconds = in_turns({"steps": lambda: [step() for _ in range(together)]}, asked.rounds)["steps"] / together
+        print(json.dumps({"seconds": seconds, "gib": peak(), "work": step.work}))
         return
 
     print(machine())
     figures = {}
     for size in asked.sizes:
-        shape = dict(batch=asked.batch, length=asked.length, rounds=2)
+        shape = dict(batch=asked.batch, length=asked.length, accumulate=asked.accumulate, precision=asked.precision)
+        shape |= dict(rounds=2, compile=asked.compile)
+        shape |= {} if asked.vocab is None else dict(vocab=asked.vocab)
         taken, rates = {way: [] for way in WAYS}, []
         for _ in range(asked.rounds):
-            rates.append(gemm_rate())
+            rates.append(gemm_rate(asked.precision))
             for way in WAYS:
                 taken[way].append(alone(way, size, **shape))
         seconds = {way: statistics.median(one["seconds"] for one in runs) for way, runs in taken.items()}
         memory = {way: max(one["gib"] for one in runs) for way, runs in taken.items()}
         rate = statistics.median(rates)
         done = taken["ours"][0]["work"] / seconds["ours"]
-        print(f"\n{size}, batch {asked.batch}, length {asked.length}, median of {asked.rounds} rounds\n")
+        precision = pick_precision(asked.precision, DEVICE)
+        print(f"\n{size}, batch {asked.batch}, length {asked.length}, {precision}, median of {asked.rounds} rounds\n")
         print("| step | tokens/s | peak GiB |\n|---|---|---|")
         for way in WAYS:
-            print(f"| {way} | {asked.batch * asked.length / seconds[way]:.0f} | {memory[way]:.1f} |")
+            print(f"| {way} | {asked.accumulate * asked.batch * asked.length / seconds[way]:.0f} | {memory[way]:.1f} |")
         print(f"\na large matrix product runs at {rate / 1e9:.0f} GFLOP/s, our step at {done / 1e9:.0f}")
         suffix = {"gpt2": "", "laptop": "_laptop"}.get(size, f"_{size}")
         figures |= {
