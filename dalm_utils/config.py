@@ -33,7 +33,8 @@ class RunConfig:
     normalize: str = "maskable"  # divide by maskable tokens (the NELBO) or masked ones (the paper's code)
     times: str = "stratified"  # how t is drawn: stratified over the global batch, or uniform
     eps: float = 1e-3  # the smallest t
-    distill: float = 0.0  # weight of the frozen base's prediction in the target, beside the token's 1; fades to 0
+    distill: float = 0.0  # weight of the frozen base's prediction in the target, beside the token's 1
+    distill_steps: int | None = None  # it fades to 0 over so many steps (None: over the whole run)
 
     # the optimizer
     length: int = 512  # tokens in a block, begin token included
@@ -96,7 +97,7 @@ class RunConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.spike is not None and self.spike <= 1:
             raise ValueError(f"spike must be above 1 (times the usual gradient norm), or None, got {self.spike}")
-        for name in ("steps", "train_blocks", "patience"):
+        for name in ("steps", "train_blocks", "patience", "distill_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, or None, got {getattr(self, name)}")
         for name in ("warmup_steps", "weight_decay", "sample_every", "seed", "distill"):

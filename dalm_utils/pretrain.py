@@ -60,9 +60,9 @@ AR = RunConfig(
 BEST = ("4x288-8k", 2e-3)
 HOUR_OF_STEPS = 4_500
 MATHEMATICS = dict(steps=2_500, warmup_steps=100, compile=False)
-LONG = dict(
-    batch=8, learning_rate=1e-3, steps=14_000, warmup_steps=400, anneal_steps=2_000, eval_every=500, save_every=250,
-    sample_every=0, compile=True,
+LONG = dict(  # the base teaches first and is then left alone: it cannot see to the right, and in a long run that tells
+    batch=16, learning_rate=2e-3, steps=7_000, warmup_steps=200, anneal_steps=250, distill_steps=1_000, eval_every=500,
+    save_every=250, sample_every=0, compile=True,
 )  # fmt: skip
 
 

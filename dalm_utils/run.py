@@ -239,7 +239,8 @@ class Run:
         config, accelerator = self.config, self.accelerator
         tokens, noised, masked, times, count = self._batch()
         attention_mask = self._attention_mask()
-        weight = config.distill * (1 - self.step / self.total)  # of what the base says, beside 1 for the token
+        taught = max(0.0, 1 - self.step / (config.distill_steps or self.total))
+        weight = config.distill * taught  # of what the base says, beside 1 for the token
         share = weight / (1 + weight)
         torch.manual_seed(seeded(config.seed, self.step, f"dropout {accelerator.process_index}").initial_seed())
         self.objective.train()

@@ -101,7 +101,8 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path, stop, precision
     assert comparable(finished) == comparable(expected) and shown == [finished]  # nothing to do but to show its curve
 
 
-def test_the_base_teaches_less_and_less_and_never_what_began_from_random_weights(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("over", "shares"), [(None, [4 / 5, 3 / 4, 2 / 3, 1 / 2]), (2, [4 / 5, 2 / 3, 0, 0])])
+def test_the_base_teaches_less_and_less_and_never_what_began_from_random_weights(tmp_path, monkeypatch, over, shares):
     asked = []
 
     def watched(*arguments, teacher, share, **options):
@@ -109,10 +110,10 @@ def test_the_base_teaches_less_and_less_and_never_what_began_from_random_weights
         return diffusion_loss(*arguments, teacher=teacher, share=share, **options)
 
     monkeypatch.setattr(run, "diffusion_loss", watched)
-    config = tiny_config(tmp_path, steps=4, base=tiny_base(tmp_path), distill=4.0)
+    config = tiny_config(tmp_path, steps=4, base=tiny_base(tmp_path), distill=4.0, distill_steps=over)
     model, tokenizer = build(config)
     train(model, tokenizer, config)
-    assert [share for _, share in asked] == pytest.approx([4 / 5, 3 / 4, 2 / 3, 1 / 2])
+    assert [share for _, share in asked] == pytest.approx(shares)
     base, teacher = load_base(config.base)[0], asked[-1][0]
     assert teacher is not model and all(map(torch.equal, teacher.parameters(), base.parameters()))
     assert not teacher.training and not any(weight.requires_grad for weight in teacher.parameters())
