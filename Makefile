@@ -12,14 +12,14 @@ run: setup
 	@$(BIN)/python -m dalm_utils notebook notebooks/01_gpt2_full_training.ipynb
 
 # Runs of the tests live in a folder of their own, with the settings of the stored notebooks: they neither continue nor
-# disturb the user's.
+# disturb the user's. The stored figures are a CPU's, and are compared with a CPU's.
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && trap 'exit 130' INT TERM && \
 	unset $$(env | sed -n 's/^\(DALM_[A-Z0-9_]*\)=.*/\1/p') && export DALM_RUNS="$$runs" && set -x && \
 	$(BIN)/python -m pytest tests && \
-	$(BIN)/python -m pytest -p tests.nbval_tolerance --nbval --nbval-current-env $(NOTEBOOKS)
+	DALM_DEVICE=cpu $(BIN)/python -m pytest -p tests.nbval_tolerance --nbval --nbval-current-env $(NOTEBOOKS)
 
 setup: .venv/ready
 
