@@ -60,7 +60,7 @@ AR = RunConfig(
 BEST = ("4x288-8k", 2e-3)
 HOUR_OF_STEPS = 4_500
 MATHEMATICS = dict(steps=2_500, warmup_steps=100, compile=False)
-LONG = dict(  # the base teaches first and is then left alone: it cannot see to the right, and in a long run that tells
+LONG = dict(  # the base teaches first and then no more: it cannot see to the right of a gap, and the student has to
     batch=16, learning_rate=2e-3, steps=7_000, warmup_steps=200, anneal_steps=250, distill_steps=1_000, eval_every=500,
     save_every=250, sample_every=0, compile=True,
 )  # fmt: skip

@@ -50,12 +50,12 @@ def test_loss_and_gradients_are_those_of_the_cpu(family, taught):
         teaching = dict(teacher=tiny_model(family, 320).to(device), share=0.5) if taught else {}
         loss = diffusion_loss(model, *(part.to(device) for part in batch), attention_mask=mask.to(device), **teaching)
         loss.loss.backward()
-        grads = torch.cat([p.grad.cpu().flatten() for p in model.parameters()])
-        results.append((loss.loss.item(), loss.token_nll.cpu(), grads))
+        results.append((loss.loss.item(), loss.token_nll.cpu(), [p.grad.cpu() for p in model.parameters()]))
     (cpu, cpu_nll, cpu_grads), (cuda, cuda_nll, cuda_grads) = results
     assert cuda == pytest.approx(cpu, rel=1e-5)
     torch.testing.assert_close(cuda_nll, cpu_nll, rtol=1e-4, atol=1e-4)
-    assert (cuda_grads - cpu_grads).norm() < 1e-4 * cpu_grads.norm()
+    floor = 1e-5 * max(float(grad.abs().max()) for grad in cpu_grads)
+    torch.testing.assert_close(cuda_grads, cpu_grads, rtol=1e-3, atol=floor)
 
 
 WAITS = {
@@ -119,6 +119,7 @@ def test_flex_attention_learns_what_a_dense_mask_of_its_edges_learns(tmp_path, m
 
     monkeypatch.setattr(run, "annealed_mask", hashed)
     plain = train(*pair_for(config), config.replace(name="plain", attention="sdpa"))
+    # Weights changed by rounding move these by 1e-6, other edges by 1e-2.
     assert flex.series("loss")[1] == pytest.approx(plain.series("loss")[1], rel=1e-3)
     assert flex.last("nelbo") == pytest.approx(plain.last("nelbo"), rel=1e-3)
 
@@ -159,7 +160,8 @@ def test_nccl_with_one_process_follows_the_curve_without_a_launcher(tmp_path, wa
     alone = train(*tiny_diffusion(), tiny_config(tmp_path, name="alone", **settings))
     config = tiny_config(tmp_path, **settings)
     (process,) = start_many(1, tmp_path, settings, WAYS[way] | ON_GPU)
-    process.join(60)
+    process.join(120)
+    process.kill()  # if it still runs, the exit code says so
     assert process.exitcode == 0, (tmp_path / "messages-0").read_text()
     history = History.load(config.folder / "history.jsonl")
     for key in ("loss", "nelbo"):

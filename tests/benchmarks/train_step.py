@@ -43,6 +43,7 @@ def make(size: str, dropout: float, positions: int, vocab: int | None = None) ->
             num_key_value_heads=3,
             tie_word_embeddings=True,
             max_position_embeddings=positions,
+            attention_dropout=dropout,  # the only one that Llama has
             **shape,
         )
         model = LlamaForCausalLM(config)
