@@ -274,7 +274,7 @@ class Run:
         if self.config.attention == "flex":
             return annealed_block_mask(length, ratio, seed=draws.initial_seed(), device=self.accelerator.device)
         mask = annealed_mask(length, ratio, dtype=self.dtype, generator=draws)
-        return None if mask is None else self._send(mask)
+        return None if mask is None else send(mask, self.accelerator.device)
 
     def _batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
         """The global batch of this step, whatever the number of processes: tokens, noised, masked, times, count."""
@@ -302,13 +302,7 @@ class Run:
         for part in range(self.config.accumulate):
             start = (part * accelerator.num_processes + accelerator.process_index) * size
             share = [tensor[start : start + size] for tensor in (tokens, noised, masked, times)]
-            yield *map(self._send, share), int(share[2].sum())
-
-    def _send(self, tensor: Tensor) -> Tensor:
-        """To this process's device, without waiting for it: a GPU copies from pinned memory while it computes."""
-        if self.accelerator.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.accelerator.device, non_blocking=True)
+            yield *(send(tensor, accelerator.device) for tensor in share), int(share[2].sum())
 
     # -- records ----------------------------------------------------------------------------------------
     def _record(self, record: dict) -> None:
@@ -497,6 +491,13 @@ class Run:
 
 
 # ------------------------------------------------------------------------------------------------- helpers
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """From the CPU to a device, without waiting for it: a GPU copies from pinned memory while it computes."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def _adamw(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -25,7 +26,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from dalm_utils import as_diffusion
+from dalm_utils import as_diffusion, training
 from dalm_utils.backbone import fuse_gelu
 from dalm_utils.checkpoint import MACHINE_KEYS
 from dalm_utils.config import RunConfig
@@ -159,6 +160,13 @@ def tiny_config(folder, **changes) -> RunConfig:
         device="cpu", precision="fp32",
     )  # fmt: skip
     return RunConfig(**{**settings, **changes})
+
+
+@contextlib.contextmanager
+def opened(model, tokenizer, config: RunConfig):
+    """A run that has taken no step yet."""
+    with training._opened({config.name: (model, tokenizer, config)}, "auto") as runs:
+        yield runs[config.name]
 
 
 def comparable(history) -> list[dict]:

@@ -328,9 +328,10 @@ def test_shipped_bases_are_whole_small_and_proven():
         assert sum(file.stat().st_size for file in folder.iterdir()) < 16_000_000
         model, tokenizer = load_base(name)
         assert model.dtype == torch.float32
+        provenance = json.loads((folder / "provenance.json").read_text())
         if getattr(model.config, "mask_token_id", None) is None:
             check_attention(model)
-        provenance = json.loads((folder / "provenance.json").read_text())
+            assert provenance["seconds"] >= 3600  # of CPU cores
         assert provenance["tokens_seen"] > 10_000_000
         assert provenance["architecture"]["parameters"] == model.num_parameters()
         assert tokenizer.decode(tokenizer("Return an array.")["input_ids"]) == "Return an array."

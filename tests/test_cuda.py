@@ -1,21 +1,11 @@
 """What only a GPU can show: the CPU's numbers, float16 under the real scaler, and that no step waits for the device."""
 
-import contextlib
-
 import pytest
 import torch
 
-from dalm_utils import annealed_mask, diffusion_loss, generate, nelbo, run, train, training
+from dalm_utils import annealed_mask, diffusion_loss, generate, nelbo, run, train
 from dalm_utils.checkpoint import History
-from tests.helpers import (
-    FAMILIES,
-    comparable,
-    stop_after,
-    tiny_base,
-    tiny_config,
-    tiny_diffusion,
-    tiny_model,
-)
+from tests.helpers import FAMILIES, comparable, opened, stop_after, tiny_base, tiny_config, tiny_diffusion, tiny_model
 from tests.processes import start_many
 from tests.test_annealing import dense
 from tests.test_objective import noisy_batch
@@ -23,20 +13,12 @@ from tests.test_processes import WAYS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 LEARNS = dict(device="cuda", steps=60, anneal_steps=30, log_every=10, eval_every=30, save_every=30)
-
 ON_GPU = {"ACCELERATE_USE_CPU": "false", "NCCL_SOCKET_IFNAME": "lo"}
 
 
 def pair_for(config):
     """A model and its tokenizer: GPT-2, or what flex attention wants, a family that has it and a head of 16 numbers."""
     return tiny_diffusion("llama", heads=1) if config.attention == "flex" else tiny_diffusion()
-
-
-@contextlib.contextmanager
-def opened(config):
-    """The run of a config, to be taken step by step."""
-    with training._opened({config.name: (*pair_for(config), config)}, "auto") as runs:
-        yield runs[config.name]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -74,7 +56,7 @@ WAITS = {
 @pytest.mark.parametrize("way", WAITS)
 def test_a_step_does_not_wait_for_the_gpu(tmp_path, way):
     config = tiny_config(tmp_path, device="cuda", base=tiny_base(tmp_path), **WAITS[way])
-    with opened(config) as run:
+    with opened(*pair_for(config), config) as run:
         for _ in range(3):  # kernels are compiled and loaded
             run.advance()
         torch.cuda.synchronize()
@@ -88,7 +70,7 @@ def test_a_step_does_not_wait_for_the_gpu(tmp_path, way):
 @pytest.mark.parametrize("changes", [dict(compile=True), dict(attention="flex")], ids=["blocks", "flex"])
 def test_nothing_is_compiled_anew_when_masks_and_their_numbers_change(tmp_path, changes):
     config = tiny_config(tmp_path, device="cuda", anneal_steps=12, eval_every=100, save_every=100, **changes)
-    with opened(config) as run:
+    with opened(*pair_for(config), config) as run:
         for _ in range(3):
             run.advance()
         with torch._dynamo.config.patch(error_on_recompile=True):
@@ -126,7 +108,7 @@ def test_flex_attention_learns_what_a_dense_mask_of_its_edges_learns(tmp_path, m
 
 def test_overflow_leaves_the_weights_alone_until_the_scale_has_come_down(tmp_path):
     config = tiny_config(tmp_path, precision="fp16", **LEARNS)
-    with opened(config) as run:
+    with opened(*pair_for(config), config) as run:
         before = [p.detach().clone() for p in run.model.parameters()]
         scaler = run.accelerator.scaler
         scaler.load_state_dict(scaler.state_dict() | {"scale": 2.0**36})

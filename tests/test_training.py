@@ -1,4 +1,3 @@
-import contextlib
 import json
 import os
 import signal
@@ -23,10 +22,11 @@ from dalm_utils import (
 )
 from dalm_utils.annealing import anneal_ratio
 from dalm_utils.objective import hidden_states, sample_times, seeded
-from dalm_utils.run import Run, learning_rate
+from dalm_utils.run import learning_rate
 from tests.helpers import (
     FAMILIES,
     comparable,
+    opened,
     stop_after,
     tiny_base,
     tiny_config,
@@ -168,14 +168,6 @@ def test_arms_draw_the_same_batches_times_masks_and_annealing(tmp_path):
             assert torch.equal(one._attention_mask(), other._attention_mask())
             seen.append(batch[2])
     assert not torch.equal(seen[0], seen[1])  # and they differ from step to step
-
-
-@contextlib.contextmanager
-def opened(model, tokenizer, config):
-    """A run that has taken no step yet."""
-    one = Run(model, tokenizer, config, training._accelerator(config))
-    yield one
-    one.close()
 
 
 @pytest.mark.parametrize("times", ["stratified", "uniform"])

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dalm_utils import annealed_mask, corrupt, diffusion_loss, sample_times
 from dalm_utils.backbone import DTYPES, autocast, fuse_gelu, keep_memory, pick_device, pick_precision
-from dalm_utils.run import _transformer_blocks
+from dalm_utils.run import send
 from tests.benchmarks import finish, in_turns, machine
 
 DEVICE = pick_device()
@@ -66,17 +66,13 @@ def stepper(
     vocab: int | None = None,
     accumulate: int = 1,
     precision: str = "auto",
-    compile_blocks: bool = False,
 ) -> Callable[[], None]:
     """A function that takes one whole training step, the noise included."""
     model = make(size, 0.1 if way == "released" else 0.0, length, vocab).to(DEVICE)
-    if way == "ours":  # what `load_base` and a run do
+    if way == "ours":  # what `load_base` does
         if DEVICE.type == "cpu":
             keep_memory()
         model = fuse_gelu(model)
-        if compile_blocks:
-            for block in _transformer_blocks(model):
-                block.compile()
     if way == "released" and DEVICE.type == "cpu":
         precision = "fp32"
     precision = pick_precision(precision, DEVICE)
@@ -88,14 +84,11 @@ def stepper(
     there = tokens.to(DEVICE)
     model.config.is_causal = way == "ar"
 
-    def send(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.pin_memory().to(DEVICE, non_blocking=True) if DEVICE.type == "cuda" else tensor
-
     def ours() -> torch.Tensor:  # drawn on the CPU, the same everywhere, and sent
         times = sample_times(batch)
         noised, masked = corrupt(tokens, times, mask_id)
-        open_half = send(annealed_mask(length, 0.5, dtype=dtype))
-        parts = map(send, (tokens, noised, masked, times))
+        open_half = send(annealed_mask(length, 0.5, dtype=dtype), DEVICE)
+        parts = (send(part, DEVICE) for part in (tokens, noised, masked, times))
         return diffusion_loss(model, *parts, attention_mask=open_half, num_masked=int(masked.sum())).loss
 
     def plain() -> torch.Tensor:
@@ -167,11 +160,10 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, help="another vocabulary than the size has")
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--precision", default="auto", choices=("auto", *DTYPES))
-    parser.add_argument("--compile", type=int, default=0, choices=(0, 1), help="compile the blocks of ours")
     parser.add_argument("--only", choices=WAYS, help="one way alone, in this process: its seconds and peak memory")
     asked = parser.parse_args()
     if asked.only:
-        numbers = (asked.batch, asked.length, asked.vocab, asked.accumulate, asked.precision, bool(asked.compile))
+        numbers = (asked.batch, asked.length, asked.vocab, asked.accumulate, asked.precision)
         step = stepper(asked.only, asked.sizes[0], *numbers)
         together = STEPS[DEVICE.type]
         seconds = in_turns({"steps": lambda: [step() for _ in range(together)]}, asked.rounds)["steps"] / together
@@ -181,8 +173,8 @@ def main() -> None:
     print(machine())
     figures = {}
     for size in asked.sizes:
-        shape = dict(batch=asked.batch, length=asked.length, accumulate=asked.accumulate, precision=asked.precision)
-        shape |= dict(rounds=2, compile=asked.compile)
+        shape = dict(batch=asked.batch, length=asked.length, accumulate=asked.accumulate)
+        shape |= dict(precision=asked.precision, rounds=2)
         shape |= {} if asked.vocab is None else dict(vocab=asked.vocab)
         taken, rates = {way: [] for way in WAYS}, []
         for _ in range(asked.rounds):
