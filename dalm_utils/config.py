@@ -1,13 +1,15 @@
-"""One dataclass holds every knob of a run; a profile is a dictionary of changes to it."""
+"""One dataclass holds every setting of a run; a profile is a dictionary of changes to it."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import typing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 PROJECT = Path(__file__).resolve().parents[1]  # relative paths in a config start here
 
@@ -18,65 +20,68 @@ class RunConfig:
 
     # what and where
     name: str = "run"  # the run's folder is <runs>/<name>
-    runs: str = "checkpoints/runs"  # where runs are kept, from the project's root
+    runs: str = "checkpoints/runs"  # where runs are kept; relative paths start at the project's root
     base: str = "tiny-gpt2"  # a folder in checkpoints/base, any local folder, or a hub id
-    hub: str = "auto"  # auto, huggingface, modelscope or local
+    hub: Literal["auto", "huggingface", "modelscope", "local"] = "auto"  # where to look for the base
     text: str = "docstrings"  # docstrings, mathematics, arxiv, a .jsonl or .parquet file, or a folder of text files
-    field: str = "text"  # the field of a JSON line that holds the document
-    train_blocks: int | None = None  # use only this many blocks of text (None: all)
+    field: str = "text"  # the field of a record that holds the document
+    train_blocks: int | None = None  # train on this many blocks of the text (None: all)
 
     # the objective
-    objective: str = "diffusion"  # diffusion, or ar: the plain next-token loss, for making bases
-    scratch: bool = False  # forget the base's weights and start from random ones
+    objective: Literal["diffusion", "ar"] = "diffusion"  # ar: the next-token loss, which makes the bases
+    scratch: bool = False  # start from random weights instead of the base's
     shift: bool = True  # the logits at i-1 predict token i, as in the AR model
     anneal_steps: int = 10_000  # steps over which the causal mask opens
-    normalize: str = "maskable"  # divide by maskable tokens (the NELBO) or masked ones (the paper's code)
-    times: str = "stratified"  # how t is drawn: stratified over the global batch, or uniform
+    normalize: Literal["maskable", "masked"] = "maskable"  # divide by maskable tokens (NELBO) or masked (released code)
+    times: Literal["stratified", "uniform"] = "stratified"  # how t is drawn; stratified over the global batch
     eps: float = 1e-3  # the smallest t
-    distill: float = 0.0  # weight of the frozen base's prediction in the target, beside the token's 1
-    distill_steps: int | None = None  # it fades to 0 over so many steps (None: over the whole run)
+    distill: float = 0.0  # weight of the frozen base's prediction in the target; the token itself has weight 1
+    distill_steps: int | None = None  # steps over which that weight falls to 0 (None: the whole run)
 
     # the optimizer
-    length: int = 512  # tokens in a block, begin token included
+    length: int = 512  # tokens in a block, including the begin token
     batch: int = 8  # blocks in one forward pass of one process
-    accumulate: int = 1  # forward passes to one optimizer step
+    accumulate: int = 1  # forward passes per optimizer step
     epochs: float = 1.0  # passes over the training blocks...
     steps: int | None = None  # ...unless the number of optimizer steps is given
-    learning_rate: float = 5e-5  # the peak, after the warm-up
+    learning_rate: float = 5e-5  # the peak, reached at the end of the warm-up
     warmup_steps: int = 0  # linear from zero
-    final_lr: float = 0.1  # the cosine ends at this share of the peak
+    final_lr: float = 0.1  # the cosine ends at this fraction of the peak
     weight_decay: float = 0.01  # on matrices only
-    beta2: float = 0.98  # AdamW's second momentum
-    clip: float = 1.0  # largest gradient norm
-    dropout: float = 0.0  # masking already is noise, and dropout costs a third of a CPU step
+    beta2: float = 0.98  # AdamW's second beta
+    clip: float = 1.0  # gradients are scaled down to this norm
+    dropout: float = 0.0  # masking already is noise, and dropout takes a third of a CPU step
     seed: int = 0  # of times, corruption, annealing masks, data order, dropout
 
     # numerical stability
-    spike: float | None = None  # a gradient norm so many times the usual one is a spike: the step is skipped
-    max_skips: int = 25  # unusable steps in a row, then back to the newest checkpoint at half the learning rate
-    patience: int | None = None  # evaluations without a better NELBO, then the run ends
+    spike: float | None = None  # skip a step whose gradient norm is this many times the running mean (None: never)
+    max_skips: int = 25  # after this many skipped steps in a row, roll back with half the learning rate
+    patience: int | None = None  # stop after this many evaluations without a better NELBO (None: never)
 
     # the machine
-    device: str = "auto"  # auto, cpu or cuda
-    precision: str = "auto"  # auto: what the processor really has; or fp32, bf16, fp16
-    attention: str = "sdpa"  # while the mask opens; flex, for long sequences on CUDA: no [L, L] mask but a teacher's
-    compile: bool = False  # torch.compile each transformer block; pays on long runs
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the hardware is fast in it
+    cuda_graph: bool = True  # on one GPU, replay each step as a CUDA graph
+    compile: bool = False  # torch.compile each transformer block; pays off in long runs
     gradient_checkpointing: bool = False  # less memory, a third more time
 
     # the records
-    log_every: int = 10  # optimizer steps in one line of history; its loss is their mean
-    eval_every: int = 500  # steps between two held-out NELBOs
+    log_every: int = 10  # steps per record in the history; its loss is their mean
+    eval_every: int = 500  # steps between held-out NELBOs
     eval_blocks: int = 64  # held-out blocks for each
     eval_samples: int = 4  # masks drawn per block
-    sample_every: int = 0  # steps between two generated samples (0: none)
-    save_every: int = 500  # steps between two checkpoints
-    keep: int = 2  # newest checkpoints kept, beside the best
-    trackers: str = ""  # names that accelerate knows, for instance "tensorboard"; several with commas
+    sample_every: int = 0  # steps between generated samples (0: none)
+    save_every: int = 500  # steps between checkpoints
+    keep: int = 2  # checkpoints kept, the newest ones, besides the best
+    trackers: str = ""  # trackers that accelerate knows, separated by commas, for instance "tensorboard"
 
     def __post_init__(self):
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            _check_type(field.name, getattr(self, field.name), hints[field.name])
+            value = getattr(self, field.name)
+            _check_type(field.name, value, hints[field.name])
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field.name} must be a finite number, got {value}")
         for name in (
             "length",
             "batch",
@@ -95,13 +100,13 @@ class RunConfig:
         ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.spike is not None and self.spike <= 1:
+        if self.spike is not None and not self.spike > 1:
             raise ValueError(f"spike must be above 1 (times the usual gradient norm), or None, got {self.spike}")
         for name in ("steps", "train_blocks", "patience", "distill_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, or None, got {getattr(self, name)}")
         for name in ("warmup_steps", "weight_decay", "sample_every", "seed", "distill"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("dropout", "beta2", "eps"):
             if not 0 <= getattr(self, name) < 1:
@@ -112,9 +117,10 @@ class RunConfig:
             raise ValueError("eps must be above 0: the loss divides by t, and t is drawn from [eps, 1]")
         if self.length < 2:
             raise ValueError(f"length must be at least 2 (a begin token and one more), got {self.length}")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        if self.name in ("", ".", "..") or any(sign in self.name for sign in ("/", "\\", "\0")):
+            raise ValueError(f"name must be the name of one folder inside of {self.runs!r}, got {self.name!r}")
+        if not self.runs.strip():
+            raise ValueError("runs must be the folder where runs are kept, got an empty path")
 
     def replace(self, **changes) -> RunConfig:
         """A copy with some fields changed. Raises ValueError for a field that does not exist."""
@@ -127,21 +133,13 @@ class RunConfig:
         return PROJECT / self.runs / self.name
 
 
-CHOICES = {
-    "hub": ("auto", "huggingface", "modelscope", "local"),
-    "objective": ("diffusion", "ar"),
-    "attention": ("sdpa", "flex"),
-    "normalize": ("maskable", "masked"),
-    "times": ("stratified", "uniform"),
-    "device": ("auto", "cpu", "cuda"),
-    "precision": ("auto", "fp32", "bf16", "fp16"),
-}
-
-# Fields on which a continued run may differ from the run it continues: they do not change what is learned.
-# (What text, batch, accumulate and precision come to on the machine at hand is compared in their place.)
+# Fields that may change when a run is resumed, because they do not change what is learned. Where such a field matters
+# through something that follows from it (the tokens of the text, the global batch, the number of steps), that is
+# compared instead.
 FREE_FIELDS = {
-    "name", "runs", "hub", "text", "field", "batch", "accumulate", "precision", "device", "compile",
-    "gradient_checkpointing", "sample_every", "save_every", "keep", "trackers", "max_skips", "patience",
+    "name", "runs", "hub", "text", "field", "batch", "accumulate", "epochs", "steps", "precision", "device",
+    "cuda_graph", "compile", "gradient_checkpointing", "sample_every", "save_every", "keep", "trackers", "max_skips",
+    "patience",
 }  # fmt: skip
 
 # What the profiles of the three notebooks share. `real` is a real pretrained model that needs neither a hub nor a GPU.
@@ -204,19 +202,21 @@ PROFILES: dict[str, dict[str, dict]] = {
 }  # fmt: skip
 
 
-def load_config(notebook: str, profile: str | None = None, **overrides) -> RunConfig:
-    """The settings of one notebook: its profile, then `DALM_<FIELD>` from the environment, then `overrides`.
+def load_config(recipe: str = "", profile: str | None = None, *, notebook: str = "", **overrides) -> RunConfig:
+    """The settings of a recipe: its profile, then `DALM_<FIELD>` from the environment, then `overrides`.
 
     Args:
-        notebook: which notebook's settings, for instance "gpt2".
-        profile: a name in `PROFILES[notebook]`; None takes `DALM_PROFILE`, else "laptop".
+        recipe: a name in `PROFILES`: "gpt2", "shift" or "galactica", one for each notebook.
+        profile: a name in `PROFILES[recipe]`; None takes `DALM_PROFILE`, else "laptop".
+        notebook: another name for `recipe`.
         overrides: any field of `RunConfig`.
 
     Raises:
-        ValueError: an unknown notebook, profile or field (the nearest name is suggested), or a bad value.
+        ValueError: an unknown recipe, profile or field (the nearest name is suggested), or a bad value.
     """
-    profile = profile or os.environ.get("DALM_PROFILE", "laptop")
-    fields = {"name": f"{notebook}-{profile}"} | _pick(_pick(PROFILES, notebook, "notebook"), profile, "profile")
+    recipe = recipe or notebook
+    profile = profile or os.environ.get("DALM_PROFILE") or "laptop"
+    fields = {"name": f"{recipe}-{profile}"} | _pick(_pick(PROFILES, recipe, "recipe"), profile, "profile")
     check_names(overrides)
     return RunConfig(**{**fields, **_from_environment(), **overrides})
 
@@ -234,7 +234,7 @@ def _from_environment() -> dict:
 def parse_field(name: str, text: str):
     """The value of a field of `RunConfig` that was written as text."""
     hint = typing.get_type_hints(RunConfig)[name]
-    kinds = typing.get_args(hint) or (hint,)
+    kinds = (str,) if typing.get_origin(hint) is Literal else typing.get_args(hint) or (hint,)
     if type(None) in kinds and text.lower() in ("none", ""):
         return None
     if bool in kinds:
@@ -248,6 +248,10 @@ def parse_field(name: str, text: str):
 
 
 def _check_type(name: str, value, hint) -> None:
+    if typing.get_origin(hint) is Literal:
+        if value not in typing.get_args(hint):
+            raise ValueError(f"{name} must be one of {', '.join(typing.get_args(hint))}; got {value!r}")
+        return
     kinds = typing.get_args(hint) or (hint,)
     if (isinstance(value, bool) and bool not in kinds) or not isinstance(
         value, kinds + ((int,) if float in kinds else ())

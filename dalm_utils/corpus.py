@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .backbone import begin_id
+from .backbone import begin_id, plain_backend, tokenizer_digest
 from .checkpoint import write_whole
 from .config import PROJECT
 from .documents import HELD_OUT, SPLITS, Skips, clean_documents, digest, identify, short_name, size_of, split_of
@@ -150,7 +150,7 @@ def _write(folder: Path, source: str, field: str, tokenizer: PreTrainedTokenizer
     texts = clean_documents(source, field, skips)
     with contextlib.ExitStack() as stack:
         files = {split: stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS}
-        backend = stack.enter_context(_plain(tokenizer))
+        backend = stack.enter_context(plain_backend(tokenizer))
         pool = stack.enter_context(ThreadPoolExecutor(THREADS))
         bar = tqdm(desc="tokenising", total=size_of(source), unit="B", unit_scale=True, leave=False)
         stack.enter_context(bar)
@@ -206,35 +206,3 @@ def _batched(texts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of plain text: a document that mentions "[MASK]" gets the letters, never the special token."""
-    with _plain(tokenizer) as backend:
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-@contextlib.contextmanager
-def _plain(tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokenizer]:
-    """The tokenizer's backend, for a time without special tokens in texts, truncation and padding."""
-    backend = tokenizer.backend_tokenizer
-    special, truncation, padding = backend.encode_special_tokens, backend.truncation, backend.padding
-    backend.encode_special_tokens = True
-    backend.no_truncation()
-    backend.no_padding()
-    try:
-        yield backend
-    finally:
-        backend.encode_special_tokens = special
-        if truncation:
-            backend.enable_truncation(**truncation)
-        if padding:
-            backend.enable_padding(**padding)
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of what a tokenizer does to plain text; an added special token such as [MASK] does not change it."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    relevant = {key: state[key] for key in ("model", "normalizer", "pre_tokenizer")}
-    relevant["words"] = [token["content"] for token in state["added_tokens"] if not token["special"]]
-    return digest(json.dumps([relevant, begin_id(tokenizer)], sort_keys=True))

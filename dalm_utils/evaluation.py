@@ -14,9 +14,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .annealing import annealed_mask
-from .backbone import autocast, begin_id
-from .corpus import encode
-from .objective import default_maskable, diffusion_loss, require_mask_id, seeded
+from .backbone import begin_id, encode, require_mask_id
+from .machine import autocast
+from .objective import default_maskable, diffusion_loss, seeded
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def nelbo(
     masked = F.pad(sets, (1, 0))  # position 0 begins the block and never counts
     tokens = blocks.repeat_interleave(num_samples, 0)
     noised = torch.where(masked, require_mask_id(model), tokens)
-    means = _token_means(model, tokens, noised, masked, None, model.config.shift, batch_size, precision, progress)
+    means = _token_means(model, tokens, noised, masked, None, batch_size, precision, progress)
     return _estimate(means.view(-1, num_samples).mean(1), tokenizer, blocks)
 
 
@@ -129,7 +129,7 @@ def continuation_nelbo(
     masked = F.pad(sets, (1 + len(before), 0))
     tokens = torch.tensor([[begin_id(tokenizer), *before, *after]]).repeat(len(masked), 1)
     noised = torch.where(masked, require_mask_id(model), tokens)
-    means = _token_means(model, tokens, noised, masked, None, model.config.shift, batch_size, precision)[which]
+    means = _token_means(model, tokens, noised, masked, None, batch_size, precision)[which]
     totals = means * len(after)
     error = float(totals.std()) / math.sqrt(num_samples) if num_samples > 1 else math.nan
     return float(totals.mean()), error
@@ -148,11 +148,11 @@ def ar_nll(
     """The negative log-likelihood per token of an autoregressive model, on the same tokens as `nelbo`."""
     blocks = stack(blocks)
     causal = annealed_mask(blocks.shape[1], 0.0, dtype=model.dtype, device=model.device)
-    means = _token_means(model, blocks, blocks, default_maskable(blocks), causal, True, batch_size, precision, progress)
+    means = _token_means(model, blocks, blocks, default_maskable(blocks), causal, batch_size, precision, progress)
     return _estimate(means, tokenizer, blocks)
 
 
-def _token_means(model, tokens, noised, masked, attention_mask, shift, batch_size, precision, progress=False) -> Tensor:
+def _token_means(model, tokens, noised, masked, attention_mask, batch_size, precision, progress=False) -> Tensor:
     """The mean -log p over each sequence's masked tokens: `[N]` float64 on the CPU."""
     room = getattr(model.config, "max_position_embeddings", tokens.shape[1])
     if tokens.shape[1] > room:
@@ -165,7 +165,7 @@ def _token_means(model, tokens, noised, masked, attention_mask, shift, batch_siz
         x0, xt, hidden = (part.to(model.device) for part in piece)
         with autocast(model.device, precision):
             ones = torch.ones(len(x0), device=model.device)
-            loss = diffusion_loss(model, x0, xt, hidden, ones, attention_mask=attention_mask, shift=shift)
+            loss = diffusion_loss(model, x0, xt, hidden, ones, attention_mask=attention_mask)
         rows = hidden.nonzero()[:, 0]
         sums = torch.zeros(len(x0), dtype=torch.float64, device=model.device).index_add_(
             0, rows, loss.token_nll.double()

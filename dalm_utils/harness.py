@@ -18,8 +18,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .backbone import begin_id, load_diffusion
-from .corpus import encode
+from .backbone import begin_id, encode, load_diffusion
 from .evaluation import continuation_nelbo
 from .sampling import generate
 

@@ -1,24 +1,25 @@
-"""The training objective: draw a time, hide tokens, and score the model on restoring them.
+"""The training objective: draw a time, mask tokens, and score the model on restoring them.
 
-The AR loss is the special case in which nothing is hidden, every token is predicted, and the mask is
-causal: `diffusion_loss(model, tokens, tokens, maskable, ones, attention_mask=annealed_mask(L, 0))`.
+B sequences, L positions, K tokens to predict. The AR loss is the special case in which nothing is masked, every token
+is predicted, and attention is causal: `diffusion_loss(model, tokens, tokens, maskable, ones, attention_mask=closed)`.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .annealing import annealed_mask
+from .backbone import hidden_states, predicting_states
+from .head import weighted_nll
 
-CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # logits held at once: what a cache holds, what keeps a GPU busy
 
-
+# ------------------------------------------------------------------------------------------------- drawing
 def seeded(seed: int, step: int, purpose: str) -> torch.Generator:
     """A CPU generator that depends on nothing but its arguments.
 
@@ -40,7 +41,7 @@ def sample_times(
     """Diffusion times, one per sequence, uniform on [eps, 1].
 
     `stratified` cuts [eps, 1] into `batch` equal strata and draws once in each, in random order: every
-    time is still uniform, but a batch never lacks early or late ones.  `uniform` draws independently.
+    time is still uniform, but a batch never lacks early or late ones. `uniform` draws independently.
 
     Returns:
         `[B]` float32.
@@ -81,7 +82,7 @@ def corrupt(
         times: `[B]`, each in (0, 1].
         mask_id: the id of [MASK].
         maskable: `[B, L]` bool; by default everything but position 0.
-        generator: draws the coins, on its own device.
+        generator: draws which tokens are masked, on its own device.
 
     Returns:
         noised `[B, L]` long and masked `[B, L]` bool.
@@ -93,80 +94,89 @@ def corrupt(
     return torch.where(masked, mask_id, tokens), masked
 
 
-@dataclass
-class DiffusionLoss:
-    """What one batch says, in nats."""
+# --------------------------------------------------------------------------------------------------- batch
+@dataclass(frozen=True)
+class Batch:
+    """Noised sequences and the tokens to predict in them.
 
-    loss: Tensor  # scalar: total over the count that `normalize` names
-    total: Tensor  # scalar: sum over masked tokens of (cross entropy with the target) / t
-    nll: Tensor  # scalar: sum over masked tokens of nll / t, which is total unless a teacher has a part in the target
-    token_nll: Tensor  # [num_masked] unweighted, in the order of masked.nonzero(); carries no gradient
-    num_masked: int
-    num_maskable: Tensor  # scalar, long
-
-
-def hidden_states(model: nn.Module, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """The last hidden states `[B, L, D]` of a stock causal-LM, without touching its head."""
-    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # OPT asks for them beside a 4D mask
-    output = model.base_model(tokens, attention_mask=attention_mask, position_ids=positions, use_cache=False)
-    return output.last_hidden_state
-
-
-def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
-    """Logits `[..., V]` in float32 at least; [MASK], where the model has one, gets no probability.
-
-    The head runs in the weights' own dtype, also under autocast: the logits of an AR base lie far below zero, where
-    bfloat16 knows every half only, and ties and shifts what is scored and drawn.
+    Only the first `count` places are real. `padded` adds places of weight 0, which change no loss and no gradient, so
+    that every batch of a run has the same shapes.
     """
-    head = model.get_output_embeddings()
-    with _without_autocast(hidden):
-        logits = head(hidden.to(head.weight.dtype))
-    return _forbid(_at_least_float32(logits), mask_id_of(model))
 
+    noised: Tensor  # [B, L] long, what the model reads
+    tokens: Tensor  # [B, L] long, the clean text, which a teacher reads
+    places: Tensor  # [K] long, flat indices b * L + i of the tokens to predict, in order
+    targets: Tensor  # [K] long, those tokens
+    weights: Tensor  # [K] float32, 1/t
+    normalizer: Tensor  # scalar, what the sum over places is divided by; of the global batch
+    count: int
 
-def mask_id_of(model: nn.Module) -> int | None:
-    """The id of [MASK]; None for a model that is not a diffusion model."""
-    return getattr(model.config, "mask_token_id", None)
+    @classmethod
+    def of(cls, tokens: Tensor, noised: Tensor, masked: Tensor, times: Tensor, normalizer: Tensor) -> Batch:
+        """From `[B, L]` tokens, `[B, L]` bool masked and `[B]` times. On a GPU this waits for the device."""
+        places = masked.flatten().nonzero()[:, 0]
+        weights = (1.0 / times)[places // tokens.shape[1]]
+        return cls(noised, tokens, places, tokens.flatten()[places], weights, normalizer.float(), len(places))
 
+    def rows(self, start: int, stop: int) -> Batch:
+        """The part of the batch in some of its sequences, with the normalizer of the whole."""
+        length = self.tokens.shape[1]
+        first, last = torch.searchsorted(self.places, torch.tensor([start * length, stop * length])).tolist()
+        part = slice(first, last)
+        return dataclasses.replace(
+            self, noised=self.noised[start:stop], tokens=self.tokens[start:stop], count=last - first,
+            places=self.places[part] - start * length, targets=self.targets[part], weights=self.weights[part],
+        )  # fmt: skip
 
-def require_mask_id(model: nn.Module) -> int:
-    """The id of [MASK]. Raises ValueError for a model that is not a diffusion model."""
-    if mask_id_of(model) is None:
-        raise ValueError(
-            "this model has no [MASK] token; make it a diffusion model first: as_diffusion(model, tokenizer)"
+    def padded(self, capacity: int) -> Batch:
+        """The same batch with K = capacity. Raises ValueError if it has more places than that."""
+        unused = capacity - len(self.places)
+        if unused < 0:
+            raise ValueError(f"{len(self.places)} places do not fit into {capacity}")
+
+        def pad(tensor: Tensor, value: int) -> Tensor:
+            return torch.cat([tensor, tensor.new_full((unused,), value)])
+
+        # An unused place stands at position 1, so that under the shift, too, some state predicts it.
+        return dataclasses.replace(
+            self, places=pad(self.places, 1), targets=pad(self.targets, 0), weights=pad(self.weights, 0)
         )
-    return mask_id_of(model)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the batch by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def map(self, change) -> Batch:
+        """The batch with `change` applied to every tensor, for instance to move them to a device."""
+        return dataclasses.replace(self, **{name: change(tensor) for name, tensor in self.tensors().items()})
 
 
-def chunk_rows(matrix: Tensor) -> int:
-    """How many rows of logits to hold at once, for a head `[V, D]`; a product of fewer would be slow."""
-    return max(256, CHUNK_ELEMENTS[matrix.device.type] // len(matrix))
+def place_capacity(rows: int, maskable: int, *, stratified: bool) -> int:
+    """A number of places K that a draw exceeds about once in 10^9 steps, rounded up to whole 256s.
+
+    The mean number of masked tokens plus six standard deviations. The variance is that of the coins,
+    rows * n * E[t(1 - t)], and of the times: n^2 Var(t), which for stratified times is smaller by rows^2.
+
+    Args:
+        rows: sequences in the batch.
+        maskable: n, maskable tokens in each.
+        stratified: whether the batch's times are stratified among themselves.
+    """
+    coins, times = rows * maskable / 6, rows * maskable**2 / 12
+    deviation = math.sqrt(coins + times / (rows**2 if stratified else 1))
+    wanted = rows * maskable / 2 + 6 * deviation + 1
+    return 256 * math.ceil(min(wanted, rows * maskable) / 256)
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+# ---------------------------------------------------------------------------------------------------- loss
+@dataclass(frozen=True)
+class DiffusionLoss:
+    """The loss of one batch, in nats."""
 
-
-def _forbid(logits: Tensor, mask_id: int | None) -> Tensor:
-    if mask_id is not None and mask_id < logits.shape[-1]:
-        logits[..., mask_id] = -torch.inf
-    return logits
-
-
-def _matmul_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which a matrix product of this tensor would run here, autocast considered."""
-    kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if _is_autocast(kind) else tensor.dtype
-
-
-def _is_autocast(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-
-
-def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Matrix products run in the dtype of their factors."""
-    kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if _is_autocast(kind) else contextlib.nullcontext()
+    loss: Tensor  # scalar with a gradient: sum over places of weight * cross entropy, divided by the normalizer
+    nll: Tensor  # scalar without: the same with the token alone as target; equal unless there is a teacher
+    token_nll: Tensor  # [K] -log p of each token to predict, in the order of masked.nonzero()
+    num_masked: int
 
 
 def diffusion_loss(
@@ -177,160 +187,83 @@ def diffusion_loss(
     times: Tensor,
     *,
     attention_mask: Tensor | None = None,
-    shift: bool = True,
+    shift: bool | None = None,
     normalize: str = "maskable",
     maskable: Tensor | None = None,
-    num_masked: int | None = None,
     teacher: nn.Module | None = None,
-    share: float = 0.0,
+    teacher_weight: float = 0.0,
 ) -> DiffusionLoss:
     """`1/N * sum over sequences of (1/t) * sum over masked i of -log p(x0_i | x_t)`.
 
-    With a teacher, the AR model that the other one was made from, the target at i is not the token alone but
-    `(1 - share) * token + share * teacher's prediction of token i from the clean text before it`.
-
     With `normalize="maskable"` N counts the maskable tokens: an unbiased estimate of the negative ELBO
-    per token (arXiv 2406.03736, equation 8).  `"masked"` divides by the number of masked tokens, as the code
+    per token (arXiv 2406.03736, equation 8). `"masked"` divides by the number of masked tokens, as the code
     released with arXiv 2410.17891 does; that is not a bound and depends on the batch size.
-
-    Only masked positions meet the head, a chunk at a time, so no `[B, L, V]` tensor ever exists.
 
     Args:
         tokens, noised: `[B, L]` long; masked: `[B, L]` bool; times: `[B]`.
-        attention_mask: additive `[1, 1, L, L]` from `annealed_mask`, a block mask under flex attention, or None.
-        shift: the hidden state at i-1 predicts token i (True), or the one at i (False).
-        num_masked: how many positions are masked, from a caller that knows, and knows that position 0 is not one of
-            them: a GPU then need not be waited for.
-        teacher: a frozen causal LM with the same tokens; [MASK] may be missing in it.
-        share: its part of the target, in [0, 1].
+        attention_mask: additive `[1, 1, L, L]` from `annealed_mask`, or None.
+        shift: whether the logits at i-1 predict token i; None takes the model's own setting.
+        maskable: `[B, L]` bool; by default everything but position 0.
+        teacher, teacher_weight: see `batch_loss`.
 
     Raises:
-        ValueError: position 0 is masked under the shift or with a teacher, or an unknown normalisation.
+        ValueError: position 0 is masked under the shift or with a teacher, or an unknown normalization.
     """
     if normalize not in ("maskable", "masked"):
         raise ValueError(f"normalize must be maskable or masked, got {normalize!r}")
-    maskable = default_maskable(tokens) if maskable is None else maskable
-
-    # 1. The trunk sees the noised sequence.
-    hidden = hidden_states(model, noised, attention_mask)  # [B, L, D]
-
-    # 2. Where each masked token is predicted: one position to the left under the shift.
-    if num_masked is None:
-        num_masked = int(masked.sum())
-        if (shift or teacher is not None) and bool(masked[:, 0].any()):
-            raise ValueError(
-                "position 0 is masked, but under the shift, and by a teacher, it is predicted nowhere; "
-                "begin with a begin token"
-            )
-    rows, columns = masked.nonzero_static(size=num_masked).unbind(1)  # [M], [M]
-    sources = hidden[rows, columns - 1 if shift else columns]  # [M, D]
-
-    # 3. What the teacher, which sees all that comes before, would say there.
-    known = None
-    if teacher is not None and share > 0:
-        with torch.no_grad():
-            # The mask is what the teacher does anyway; without one transformers waits for the GPU to look for padding.
-            closed = annealed_mask(tokens.shape[1], 0.0, dtype=teacher.dtype, device=tokens.device)
-            known = hidden_states(teacher, tokens, closed)[rows, columns - 1]  # [M, D']
-
-    # 4. Cross entropies there, and only there, weighed by 1/t; what is only scored is scored as `logits_of` says.
-    head = model.get_output_embeddings()
-    weights = 1.0 / times[rows]
-    learning = torch.is_grad_enabled()
-    dtype = _matmul_dtype(sources) if learning else head.weight.dtype
-    with _without_autocast(sources):
-        total, token_nll = _WeightedNLL.apply(
-            sources,
-            head.weight,
-            head.bias,
-            tokens[rows, columns],
-            weights,
-            mask_id_of(model),
-            dtype,
-            learning,
-            None if known is None else (known, teacher.get_output_embeddings(), share),
+    shift = getattr(model.config, "shift", True) if shift is None else shift
+    if (shift or teacher is not None) and bool(masked[:, 0].any()):
+        raise ValueError(
+            "position 0 is masked, but under the shift, and by a teacher, it is predicted nowhere; "
+            "start each sequence with a begin token"
         )
+    maskable = default_maskable(tokens) if maskable is None else maskable
+    counted = (maskable if normalize == "maskable" else masked).sum().clamp(min=1)
+    batch = Batch.of(tokens, noised, masked, times, counted)
+    return batch_loss(
+        model, batch, attention_mask, shift=shift, teacher=teacher if teacher_weight else None,
+        teacher_weight=torch.full((), teacher_weight, device=tokens.device),
+    )  # fmt: skip
 
-    # 5. Divide by a count that does not depend on the draw.
-    num_maskable = maskable.sum()
-    count = num_maskable if normalize == "maskable" else max(num_masked, 1)
-    nll = total.detach() if known is None else (token_nll * weights).sum()
-    return DiffusionLoss(total / count, total, nll, token_nll, num_masked, num_maskable)
 
+def batch_loss(
+    model: nn.Module,
+    batch: Batch,
+    attention_mask: Tensor | None = None,
+    *,
+    shift: bool | None = None,
+    teacher: nn.Module | None = None,
+    teacher_weight: Tensor | None = None,
+) -> DiffusionLoss:
+    """The loss of a batch that is on the model's device; nothing here waits for that device.
 
-class _WeightedNLL(torch.autograd.Function):
-    """`sum_i weight_i * -sum_v target_iv * log softmax(h_i W^T + b)_v`, never holding more than a chunk of logits.
-
-    The target is the token y_i; with a teacher (its hidden states, its head, its share) a mixture of the token and
-    the teacher's softmax.  The gradient of a chunk, (softmax - target) times the weight, is known as soon as its
-    softmax is, so it is taken on the spot and the logits are forgotten; the backward pass only scales it.  Exact,
-    and cheaper than recomputing the logits.
+    Args:
+        attention_mask: additive `[1, 1, L, L]`, or None: then the model attends as it does by itself.
+        shift: None takes the model's own setting.
+        teacher: the AR model that `model` was made from, frozen. The target at i is then
+            `(1 - w) * token + w * teacher's prediction of token i from the clean text before it`.
+        teacher_weight: w, a float32 scalar in [0, 1] on the model's device.
     """
+    # 1. The model reads the noised sequences.
+    hidden = hidden_states(model, batch.noised, attention_mask)  # [B, L, D]
 
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, weights, mask_id, dtype, needs_grad, teaching=None):
-        matrix = weight.to(dtype)  # [V, D]
-        rows = chunk_rows(matrix)
-        nll = torch.empty(len(hidden), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
-        loss = nll if teaching is None else torch.empty_like(nll)
-        grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=nll.dtype) if needs_grad else None
-        grad_bias = torch.zeros_like(bias, dtype=nll.dtype) if needs_grad and bias is not None else None
-        for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
-            source, target, share = hidden[part].to(dtype), targets[part, None], 0.0
-            logits = _at_least_float32(F.linear(source, matrix, None if bias is None else bias.to(dtype)))
-            if teaching is not None:
-                belief, share = _belief(part, mask_id, dtype, *teaching)  # [m, V'], V' <= V
-                expected = (belief * logits[:, : belief.shape[1]]).sum(-1)  # where [MASK] still is finite
-            logits = _forbid(logits, mask_id)
-            log_total, right = logits.logsumexp(-1, keepdim=True), logits.gather(-1, target)  # [m, 1]
-            nll[part] = (log_total - right)[:, 0]
-            if teaching is not None:
-                loss[part] = nll[part] + share * (right[:, 0] - expected)
-            if needs_grad:
-                slope = logits.sub_(log_total).exp_()  # softmax [m, V]
-                slope.scatter_add_(-1, target, torch.full_like(log_total, share - 1.0))
-                if teaching is not None:
-                    slope[:, : belief.shape[1]].sub_(belief, alpha=share)
-                slope = slope.mul_(weights[part, None]).to(dtype)
-                grad_hidden[part] = slope @ matrix
-                if dtype == grad_weight.dtype:
-                    grad_weight.addmm_(slope.T, source)  # no second [V, D]
-                else:
-                    grad_weight += _summed(slope, source, weights[part])
-                if grad_bias is not None:
-                    grad_bias += slope.sum(0, dtype=grad_bias.dtype)
-        ctx.grads = grad_hidden, grad_weight, grad_bias
-        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(nll)
-        return (loss * weights).sum(), nll
+    # 2. The states that predict the masked tokens: one position to the left under the shift.
+    sources = predicting_states(model, hidden, batch.places, shift)  # [K, D]
 
-    @staticmethod
-    def backward(ctx, grad_total, _):
-        if ctx.grads is None:
-            raise RuntimeError("this loss was differentiated before; its gradients are not kept, compute it again")
-        grads, ctx.grads = ctx.grads, None  # handed on, not copied: the one of the head is as large as the head
-        grads = [None if grad is None else grad.mul_(grad_total) for grad in grads]
-        grads = [grad if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
-        return *grads, None, None, None, None, None, None
+    # 3. The teacher reads the clean sequences, causally, and predicts the same tokens.
+    teacher_hidden = None
+    if teacher is not None:
+        with torch.no_grad():  # the mask is what the teacher does anyway; without one transformers waits for the GPU
+            causal = annealed_mask(batch.tokens.shape[1], 0.0, dtype=teacher.dtype, device=batch.tokens.device)
+            teacher_hidden = hidden_states(teacher, batch.tokens, causal)
+            teacher_hidden = predicting_states(teacher, teacher_hidden, batch.places)  # [K, D']
 
+    # 4. Cross entropy at the masked tokens and nowhere else, weighted by 1/t.
+    total, token_nll = weighted_nll(
+        model, sources, batch.targets, batch.weights,
+        teacher=teacher, teacher_hidden=teacher_hidden, teacher_weight=teacher_weight,
+    )  # fmt: skip
 
-def _summed(slope: Tensor, source: Tensor, weights: Tensor) -> Tensor:
-    """`slope^T source`, `[V, D]`.
-
-    A sum over weights of 1/t may leave float16, and the loss scale, which comes later, could not mend that. No entry
-    of a row exceeds its weight, so a source that is made small enough beforehand keeps the sum within.
-    """
-    if slope.dtype != torch.float16:
-        return slope.T @ source
-    largest = weights.sum() * source.abs().amax()
-    room = (torch.finfo(torch.float16).max / largest).clamp(max=1.0).log2().sub(1).floor().exp2()  # of two: exact
-    return (slope.T @ (source * room)).float().div_(room)
-
-
-def _belief(part: slice, mask_id, dtype, known: Tensor, head: nn.Module, share: float) -> tuple[Tensor, float]:
-    """The teacher's softmax for a chunk, with nothing for [MASK], and its share."""
-    bias = None if head.bias is None else head.bias.to(dtype)
-    logits = F.linear(known[part].to(dtype), head.weight.to(dtype), bias)
-    return _forbid(_at_least_float32(logits), mask_id).softmax(-1), share
+    # 5. Divide by a count that does not depend on how the batch is split.
+    nll = total.detach() if teacher is None else (token_nll * batch.weights).sum()
+    return DiffusionLoss(total / batch.normalizer, nll / batch.normalizer, token_nll, batch.count)

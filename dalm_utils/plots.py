@@ -12,8 +12,8 @@ import numpy as np
 from IPython.display import HTML, display
 from torch import Tensor
 
-from .checkpoint import History
 from .config import RunConfig
+from .history import History
 from .sampling import Samples
 
 COLORS = BLUE, ORANGE, GREEN, GREY, RED = "#2563a8", "#d9822b", "#3a8f5c", "#8a8f98", "#b23b3b"

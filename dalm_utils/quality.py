@@ -16,9 +16,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .annealing import annealed_mask
-from .backbone import autocast, begin_id
+from .backbone import begin_id, hidden_states, predicting_states
 from .evaluation import ar_nll, stack
-from .objective import hidden_states, logits_of, mask_id_of, seeded
+from .head import logits_of, mask_id_of
+from .machine import autocast
+from .objective import seeded
 from .sampling import draw, generate
 
 
@@ -141,7 +143,7 @@ def _continue(model, tokenizer, blocks, columns, temperature, seed, precision) -
     draws = seeded(seed, 0, "continue")
     with autocast(model.device, precision):
         for column in columns.T.to(model.device):  # [B]
-            hidden = hidden_states(model, tokens, causal)[rows, column - 1]  # [B, D]
+            hidden = predicting_states(model, hidden_states(model, tokens, causal), rows * tokens.shape[1] + column)
             logits = logits_of(model, hidden)[:, : len(tokenizer)]  # rows that pad the embedding are not tokens
             tokens[rows, column] = draw(logits, temperature, None, None, draws).to(model.device)
     return tokens.cpu().gather(1, columns)

@@ -1,60 +1,53 @@
-"""One run: a model, its optimizer, and where it stands; on one process or many, and the same on all of them.
+"""One run: a model in training, its records and its checkpoints; on one process or many, and the same on all of them.
 
-Everything random in a step is a function of (seed, step): data order, times, corruption, annealing mask, dropout.
-So a run needs no generator state to be continued, and a run spread over processes sees the noise of a single one
-(but for dropout, which each process draws for itself).
+Everything random in a step is a function of (seed, step), see `step.py`. So a run needs no generator state to be
+resumed, and a run spread over processes sees the noise of a single one (except for dropout, which each process draws
+for itself).
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import torch
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
-from accelerate.utils import AutocastKwargs, broadcast_object_list
-from safetensors.torch import load_file, load_model
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from torch.nn.attention.flex_attention import BlockMask
+from accelerate import Accelerator
+from safetensors.torch import load_model
+from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .annealing import anneal_ratio, annealed_block_mask, annealed_mask
-from .backbone import DTYPES, as_diffusion, load_base, mask_id_of, pick_precision, randomize, save_diffusion
-from .checkpoint import History, RunFolder
+from .backbone import as_diffusion, load_base, mask_id_of, randomize, save_diffusion, tokenizer_digest
+from .checkpoint import RunFolder
 from .config import FREE_FIELDS, RunConfig
-from .corpus import load_corpus, tokenizer_digest
-from .evaluation import ar_nll, nelbo, stack
-from .objective import corrupt, default_maskable, diffusion_loss, require_mask_id, sample_times, seeded
+from .history import History
+from .machine import DTYPES, pick_precision
+from .processes import full_weights, gathered, load_optimizer, load_weights, on_main, optimizer_state
 from .sampling import generate
-from .stability import MOST_ROLLBACKS, SATURATED, SLOWER, Unstable, Watch
+from .stability import MAX_ROLLBACKS, ROLLBACK_LR_FACTOR, Unstable
+from .step import TrainStep
+from .tasks import TASKS
 
-COUNTERS = ("step", "seconds", "best", "window_steps", "rollbacks", "stale")  # what a checkpoint keeps of them
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the same file from one process and from many
+COUNTERS = ("step", "seconds", "best", "window_steps", "rollbacks", "stale", "anneals")  # kept in a checkpoint
 
 
 def build(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that a config describes: base, from scratch or not, made a diffusion model, on its device."""
+    """The model that a config describes, on its device: the base, or random weights of its shape, as a diffusion model.
+
+    A base that is a diffusion model already is taken as it is.
+    """
     model, tokenizer = load_base(config.base, hub=config.hub, device=config.device)
     if config.scratch:
         model = randomize(model, config.seed)
-    return (model, tokenizer) if config.objective == "ar" else as_diffusion(model, tokenizer, shift=config.shift)
+    if config.objective == "ar" or mask_id_of(model) is not None:
+        return model, tokenizer
+    return as_diffusion(model, tokenizer, shift=config.shift)
 
 
 def learning_rate(config: RunConfig, step: int, steps: int) -> float:
@@ -65,25 +58,14 @@ def learning_rate(config: RunConfig, step: int, steps: int) -> float:
     return config.learning_rate * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-class Objective(nn.Module):
-    """The loss as a module, so that accelerate's wrappers (autocast, DDP, FSDP) see one forward pass."""
-
-    def __init__(self, model: PreTrainedModel, shift: bool):
-        super().__init__()
-        self.model, self.shift = model, shift
-        self._no_split_modules = model._no_split_modules  # what FSDP wraps one by one
-
-    def forward(self, tokens, noised, masked, times, num_masked, attention_mask, teacher, share):
-        """What is minimised, the weighted sum of negative log-likelihoods, and how many of them are saturated."""
-        loss = diffusion_loss(
-            self.model, tokens, noised, masked, times, attention_mask=attention_mask, shift=self.shift,
-            num_masked=num_masked, teacher=teacher, share=share,
-        )  # fmt: skip
-        return loss.total, loss.nll, (loss.token_nll > SATURATED).sum()
+def teacher_weight(config: RunConfig, step: int, steps: int) -> float:
+    """The teacher's fraction of the target, w / (1 + w), where w falls linearly from `distill` to 0."""
+    weight = config.distill * max(0.0, 1 - step / (config.distill_steps or steps))
+    return weight / (1 + weight)
 
 
 class Run:
-    """One model in training. `advance` takes a step; `save` writes a checkpoint; `close` gives the folder back.
+    """One model in training. `advance` takes a step; `save` writes a checkpoint; `close` releases the folder.
 
     Raises:
         ValueError: the run of that name had other settings, the model does not fit the config or the tokenizer,
@@ -99,234 +81,158 @@ class Run:
         accelerator: Accelerator,
         resume: str = "auto",
     ):
+        check_model(model, tokenizer, config)
         self.model, self.tokenizer, self.config, self.accelerator = model, tokenizer, config, accelerator
-        self.is_main, self.is_ar = accelerator.is_main_process, config.objective == "ar"
-        self._check_model()
-        corpus = load_corpus(config.text, tokenizer, field=config.field)  # one process prepares it, the others wait
-        self.blocks = corpus.blocks("train", config.length, config.train_blocks)
-        self.held_out = stack(corpus.blocks("validation", config.length, config.eval_blocks))  # [N, L], read once
-        self.global_batch = config.batch * config.accumulate * accelerator.num_processes
-        self.total = config.steps or math.ceil(config.epochs * len(self.blocks) / self.global_batch)
+        self.is_main = accelerator.is_main_process
+        self.task = TASKS[config.objective](model, tokenizer, config, processes=accelerator.num_processes)
+        self.total = config.steps or math.ceil(config.epochs * len(self.task.train) / self.task.global_batch)
         self.precision = pick_precision(config.precision, accelerator.device)
-        self.dtype = DTYPES[self.precision]  # of matrix products, and so of attention masks
-        self.teacher = self._load_teacher() if config.distill and not (config.scratch or self.is_ar) else None
+        teacher = self._load_teacher() if config.distill and self.task.denoises and not config.scratch else None
 
         self.step, self.seconds, self.best, self.window_steps = 0, 0.0, math.inf, 0
-        self.window_loss = torch.zeros((), device=accelerator.device)
-        self.watch = Watch(config.spike, config.max_skips, accelerator.device)
-        self.unusable = torch.zeros((), device=accelerator.device)  # 1 where the step in hand must change nothing
-        self.rollbacks, self.stale = 0, 0  # times gone back; evaluations since the best one
+        self.rollbacks, self.stale = 0, 0  # rollbacks so far; evaluations since the best one
+        self.anneals = self.task.denoises and not getattr(model.config, "annealed", False)
         self.saved_step = -1
-        self.order: tuple[int, Tensor] = (-1, torch.empty(0))
 
         self.folder = RunFolder(config.folder)
-        newest = self._on_main(lambda: self.folder.open(self._settings(corpus), resume))
+        newest = on_main(accelerator, lambda: self.folder.open(self._settings(teacher), resume))
         try:
             if newest is not None:
                 load_model(model, newest / "model.safetensors")
-            self._prepare()
+            self.train_step = TrainStep(self.task, config, accelerator, self.precision, teacher)
             self._restore(newest)
+            self._announce(newest)
         except BaseException:
             self.close()
             raise
 
-    def _settings(self, corpus) -> dict:
-        """What a run that is continued must have in common with the one it continues."""
+    def _settings(self, teacher: PreTrainedModel | None) -> dict:
+        """What a resumed run must have in common with the run it resumes."""
         fields = {name: value for name, value in vars(self.config).items() if name not in FREE_FIELDS}
-        kind = f"{type(self.model).__name__} with {self.model.num_parameters()} parameters"
-        resolved = {"precision": self.precision, "global_batch": self.global_batch, "total_steps": self.total}
-        teacher = None if self.teacher is None else _digest(self.teacher)
-        return {**fields, **resolved, "model": kind, "corpus": corpus.facts["digest"], "teacher": teacher}
-
-    def _prepare(self) -> None:
-        """Hand model and optimizer to accelerate."""
-        config, model, accelerator = self.config, self.model, self.accelerator
-        _set_dropout(model, config.dropout)
-        if config.gradient_checkpointing:
-            model.activation_checkpointing_enable()
-        if config.compile:
-            for block in _transformer_blocks(model):
-                block.compile()
-        sharded = accelerator.distributed_type == DistributedType.FSDP
-        self.casting = AutocastKwargs(cache_enabled=not sharded)  # the cache would hold whole matrices of shards
-        if sharded:
-            _whole_and_exact(accelerator.state.fsdp_plugin)
-        module = Objective(model if sharded else model.to(accelerator.device), config.shift or self.is_ar)
-        self.adamw = _adamw(model, config)
-        self.adamw.register_step_pre_hook(self._leave_out)
-        self.objective, self.optimizer = accelerator.prepare(module, self.adamw)
-        if accelerator.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(accelerator.device)  # of a run before this one
+        return fields | {
+            "precision": self.precision,
+            "global_batch": self.task.global_batch,
+            "total_steps": self.total,
+            "model": f"{type(self.model).__name__} with {self.model.num_parameters()} parameters",
+            "mask_id": mask_id_of(self.model),
+            "tokenizer": tokenizer_digest(self.tokenizer),
+            "corpus": self.task.digest,
+            "teacher": None if teacher is None else _digest(teacher),
+        }
 
     def _load_teacher(self) -> PreTrainedModel:
-        """The base as it was, frozen; every process has a whole one."""
+        """The base, frozen; every process has a whole copy."""
         config = self.config
         with self.accelerator.main_process_first():
             teacher, tokenizer = load_base(
-                config.base, hub=config.hub, device=self.accelerator.device, dtype=self.dtype
+                config.base, hub=config.hub, device=self.accelerator.device, dtype=DTYPES[self.precision]
             )
         same = tokenizer_digest(tokenizer) == tokenizer_digest(self.tokenizer)
-        sizes = [len(model.get_output_embeddings().weight) for model in (teacher, self.model)]
-        if mask_id_of(teacher) is not None or not same or sizes[0] > sizes[1]:
+        rows, own_rows = (len(model.get_output_embeddings().weight) for model in (teacher, self.model))
+        if mask_id_of(teacher) is not None or not same or rows > own_rows:
             raise ValueError(
-                f"distill={config.distill} needs the AR model that this one was made from, and base={config.base!r} "
-                "is none or has other tokens; set `base`, or distill=0"
+                f"distill={config.distill} needs the AR model that this model was made from, but base={config.base!r} "
+                "is a diffusion model or has other tokens; set `base` to the AR model, or distill=0"
             )
         return teacher.requires_grad_(False)
 
-    def _leave_out(self, adamw: torch.optim.Optimizer, *_) -> None:
-        """Do to every unusable step what the FP16 scaler does to one that overflowed: the fused kernel passes."""
-        adamw.found_inf = self.unusable
-
-    def _on_main(self, do: Callable):
-        """Do something on the main process alone; every process gets its result, or its error."""
-        outcome: list = [None, None]
-        if self.is_main:
-            try:
-                outcome[0] = do()
-            except Exception as error:
-                if self.accelerator.num_processes == 1:
-                    raise
-                outcome[1] = error
-        broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+    def _announce(self, newest: Path | None) -> None:
+        """Say where a resumed run starts, and which parts of a schedule do not fit into the run."""
+        config, said = self.config, []
+        if newest is not None:
+            said += [f"{config.name}: resuming from step {self.step} of {self.total}"]
+        if self.task.anneals and config.anneal_steps > self.total:
+            said += [
+                f"anneal_steps={config.anneal_steps} is longer than the run of {self.total} steps: its mask will be "
+                f"{self.task.ratio(self.total - 1):.0%} open at the end; to open it fully, lower anneal_steps"
+            ]
+        if config.warmup_steps >= self.total:
+            said += [f"warmup_steps={config.warmup_steps} fills the run of {self.total} steps; lower warmup_steps"]
+        if self.is_main and said:
+            tqdm.write("\n".join(said), file=sys.stderr)
 
     # -- one step ---------------------------------------------------------------------------------------
     @property
     def is_done(self) -> bool:
-        """At its last step, or out of patience."""
+        """Whether the last step was taken, or patience has run out."""
         return self.step >= self.total or self.stale >= (self.config.patience or math.inf)
+
+    @property
+    def watch(self):
+        """Counts skipped steps and saturated predictions."""
+        return self.train_step.watch
 
     def advance(self) -> bool:
         """One optimizer step, and the evaluation, record and checkpoint that are due. True if it recorded.
 
         Raises:
-            Unstable: going back does not help, or is not possible.
+            Unstable: rolling back does not help, or is not possible.
         """
-        start = time.perf_counter()
-        norm = self._optimize()
+        config, start = self.config, time.perf_counter()
+        rate = learning_rate(config, self.step, self.total) * ROLLBACK_LR_FACTOR**self.rollbacks
+        norm = self.train_step(self.step, rate, self._teacher_weight())
         self.step += 1
-        log, evaluate, save = (self._is_due(every) for every in ("log_every", "eval_every", "save_every"))
-        sample = self.config.sample_every > 0 and self.step % self.config.sample_every == 0 and not self.is_ar
+        self.window_steps += 1
+        log, evaluate, save = (
+            self._is_due(every) for every in (config.log_every, config.eval_every, config.save_every)
+        )
         if log:
             norm = norm.item()  # waits for the device, so that the clock is honest
         self.seconds += time.perf_counter() - start
-        record, trouble = self._progress(norm) if log else ({}, None)
+
+        record, trouble = self._progress(norm, rate) if log else ({}, None)
+        if evaluate and trouble is None:
+            scores, trouble = self._evaluate()
+            record |= scores
+        if trouble is None and self.is_done:
+            trouble = self.train_step.trouble_ahead(self.step)
         if trouble is not None:
-            self._go_back(trouble)
+            self._roll_back(trouble)
             return True
-        record |= self._evaluate() if evaluate else {}
-        record |= self._sample() if sample else {}
+        if config.sample_every and self.step % config.sample_every == 0 and self.task.denoises:
+            record |= self._sample()
         if record:
             self._record(record)
         if self.is_done and self.step < self.total:
             self._record({"event": f"finished: no better NELBO in {self.stale} evaluations"})
-        if self.is_done or (save and self.watch.is_calm(self._saturated())):  # a good checkpoint is one to go back to
+        if self.is_done or (save and self.watch.is_calm(self._saturated())):
             self.save()
         return bool(record)
 
+    def _is_due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.total
+
+    def _teacher_weight(self) -> float:
+        return 0.0 if self.train_step.teacher is None else teacher_weight(self.config, self.step, self.total)
+
     def _saturated(self) -> float:
-        """Saturated predictions since the last record, of all processes."""
+        """Saturated predictions since the last record, summed over all processes."""
         return self.accelerator.reduce(self.watch.values["saturated"], "sum").item()
-
-    def _is_due(self, every: str) -> bool:
-        return self.step % getattr(self.config, every) == 0 or self.step == self.total
-
-    def _optimize(self) -> Tensor:
-        """One optimizer step, without waiting for the device; returns the gradient norm."""
-        config, accelerator = self.config, self.accelerator
-        tokens, noised, masked, times, count = self._batch()
-        attention_mask = self._attention_mask()
-        taught = max(0.0, 1 - self.step / (config.distill_steps or self.total))
-        weight = config.distill * taught  # of what the base says, beside 1 for the token
-        share = weight / (1 + weight)
-        torch.manual_seed(seeded(config.seed, self.step, f"dropout {accelerator.process_index}").initial_seed())
-        self.objective.train()
-        saturated = torch.zeros((), dtype=torch.long, device=accelerator.device)
-        with _attending(self.model, attention_mask):
-            for part, rows in enumerate(self._shares(tokens, noised, masked, times)):
-                last = part == config.accumulate - 1
-                with contextlib.nullcontext() if last else accelerator.no_sync(self.objective):
-                    with accelerator.autocast(self.casting):  # FSDP's own wrapper has none
-                        total, nll, lost = self.objective(*rows, attention_mask, self.teacher, share)
-                    scale = accelerator.num_processes / count  # gradients are averaged over processes
-                    accelerator.backward(total * scale)
-                self.window_loss += nll * scale
-                saturated += lost
-        self.watch.count(saturated, int(masked.sum()))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.step, self.total) * SLOWER**self.rollbacks
-        norm = accelerator.clip_grad_norm_(self.objective.parameters(), config.clip)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self.unusable = self.watch.judge(norm).float()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.window_steps += 1
-        return norm
-
-    def _attention_mask(self) -> Tensor | BlockMask | None:
-        if self.is_ar:
-            return None  # a causal model is causal by itself
-        length, ratio = self.config.length, anneal_ratio(self.step, self.config.anneal_steps)
-        draws = seeded(self.config.seed, self.step, "annealing")
-        if self.config.attention == "flex":
-            return annealed_block_mask(length, ratio, seed=draws.initial_seed(), device=self.accelerator.device)
-        mask = annealed_mask(length, ratio, dtype=self.dtype, generator=draws)
-        return None if mask is None else send(mask, self.accelerator.device)
-
-    def _batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-        """The global batch of this step, whatever the number of processes: tokens, noised, masked, times, count."""
-        config, step = self.config, self.step
-        tokens = self.blocks[[self._block_at(step * self.global_batch + i) for i in range(self.global_batch)]]  # [G, L]
-        maskable = default_maskable(tokens)
-        if self.is_ar:  # nothing hidden, everything predicted, causal attention: the next-token loss
-            return tokens, tokens, maskable, torch.ones(len(tokens)), int(maskable.sum())
-        draws = {purpose: seeded(config.seed, step, purpose) for purpose in ("times", "corruption")}
-        times = sample_times(len(tokens), method=config.times, eps=config.eps, generator=draws["times"])
-        noised, masked = corrupt(tokens, times, mask_id_of(self.model), generator=draws["corruption"])
-        count = int((maskable if config.normalize == "maskable" else masked).sum())
-        return tokens, noised, masked, times, max(count, 1)
-
-    def _block_at(self, position: int) -> int:
-        """The block at a position in the endless stream of shuffled epochs."""
-        epoch, place = divmod(position, len(self.blocks))
-        if self.order[0] != epoch:
-            self.order = (epoch, torch.randperm(len(self.blocks), generator=seeded(self.config.seed, epoch, "data")))
-        return int(self.order[1][place])
-
-    def _shares(self, tokens: Tensor, noised: Tensor, masked: Tensor, times: Tensor) -> Iterator[tuple]:
-        """This process's part of each forward pass: the parts of all processes are the batch, each row once."""
-        size, accelerator = self.config.batch, self.accelerator
-        for part in range(self.config.accumulate):
-            start = (part * accelerator.num_processes + accelerator.process_index) * size
-            share = [tensor[start : start + size] for tensor in (tokens, noised, masked, times)]
-            yield *(send(tensor, accelerator.device) for tensor in share), int(share[2].sum())
 
     # -- records ----------------------------------------------------------------------------------------
     def _record(self, record: dict) -> None:
-        """Into the history, on every process, and to the main one's disk and trackers."""
-        record = {"step": self.step, "tokens": self.step * self.global_batch * self.config.length, **record}
+        """Add to the history, on every process, and to the main one's disk and trackers."""
+        record = {"step": self.step, "tokens": self.step * self.task.global_batch * self.config.length, **record}
         self.history.append(record)
         if self.accelerator.trackers:
             numbers = {key: value for key, value in record.items() if isinstance(value, (int, float))}
             self.accelerator.log({f"{self.config.name}/{k}": v for k, v in numbers.items()}, step=self.step)
 
-    def _progress(self, norm: float) -> tuple[dict, str | None]:
+    def _progress(self, norm: float, rate: float) -> tuple[dict, str | None]:
         """How training goes, and what is wrong with it, if anything."""
-        tokens = self.step * self.global_batch * self.config.length
+        tokens = self.step * self.task.global_batch * self.config.length
         scaler = self.accelerator.scaler
         stability, trouble = self.watch.read(self._saturated(), scaler.get_scale() if scaler else None)
-        loss = self.accelerator.reduce(self.window_loss, "mean").item() / self.window_steps
-        self.window_loss.zero_()
+        if trouble is None and self.watch.skipped_in_a_row() >= self.total:
+            trouble = "every step was skipped"
+        loss = self.accelerator.reduce(self.train_step.loss, "mean").item() / self.window_steps
+        self.train_step.loss.zero_()
         self.window_steps = 0
-        ratio = {} if self.is_ar else {"ratio": anneal_ratio(self.step - 1, self.config.anneal_steps)}
         figures = {
             "loss": _finite(loss),
             "grad_norm": _finite(norm),
-            "lr": self.optimizer.param_groups[0]["lr"],
-            **ratio,
+            "lr": rate,
+            **({"ratio": self.task.ratio(self.step - 1)} if self.task.denoises else {}),
             **stability,
             "seconds": round(self.seconds, 3),
             "tokens_per_second": round(tokens / self.seconds),
@@ -335,50 +241,57 @@ class Run:
         }
         return figures, trouble
 
-    def _evaluate(self) -> dict:
-        samples = {} if self.is_ar else {"num_samples": self.config.eval_samples}
-        key, measure = ("nll", ar_nll) if self.is_ar else ("nelbo", nelbo)
-        with self._readable():
-            score = measure(self.model, self.tokenizer, self.held_out, precision=self.precision, **samples)
-        score = self._on_main(lambda: score)  # all processes must agree on what is best
+    def _evaluate(self) -> tuple[dict, str | None]:
+        """The held-out score, the best model saved, and what is wrong, if anything."""
+        with gathered(self.train_step.module):
+            score = self.task.score(self.precision)
+        score = on_main(self.accelerator, lambda: score)  # all processes must agree on what is best
+        if not math.isfinite(score.mean):
+            since = self.step - self.watch.skipped_in_a_row() + 1
+            return {}, f"the held-out {self.task.metric.upper()} is not finite (no gradient was, from step {since} on)"
         if score.mean < self.best:
             self.stale = 0
             if self._write("best", self._model_writer()):
                 self.best = score.mean
         else:
             self.stale += 1
+        key = self.task.metric
         figures = {key: score.mean, f"{key}_stderr": score.stderr, "bits_per_byte": score.bits_per_byte}
-        return {name: _finite(value) for name, value in figures.items()}
+        return {name: _finite(value) for name, value in figures.items()}, None
 
     def _sample(self) -> dict:
         length = min(64, self.config.length - 1)
-        with self._readable():
-            written = generate(
+        with gathered(self.train_step.module):
+            samples = generate(
                 self.model, self.tokenizer, length=length, steps=32, seed=self.config.seed, precision=self.precision
             )
-        return {"sample": written.text[0]}
+        return {"sample": samples.text[0]}
 
-    @contextlib.contextmanager
-    def _readable(self) -> Iterator[None]:
-        """Use the model outside of a training step: FSDP gathers the weights that no block holds."""
-        if isinstance(self.objective, FSDPModule):
-            self.objective.unshard()
-        yield
-        if isinstance(self.objective, FSDPModule):
-            self.objective.reshard()
+    # -- checkpoints ------------------------------------------------------------------------------------
+    def save(self) -> str | None:
+        """Write a checkpoint of this step, unless it is there, and prune older ones.
 
-    # -- the folder -------------------------------------------------------------------------------------
-    def save(self) -> None:
-        """Write a checkpoint of this step, unless it is there, and prune older ones."""
+        Weights are saved only if the next training step could use them: a checkpoint is something to roll back to.
+
+        Returns:
+            What is wrong with the weights, if they were not saved for that reason.
+        """
         if self.saved_step == self.step:
-            return
+            return None
+        trouble = self.train_step.trouble_ahead(self.step)
+        if trouble is None:
+            self._write_checkpoint()
+        return trouble
+
+    def _write_checkpoint(self) -> None:
+        train_step, accelerator = self.train_step, self.accelerator
         write_model = self._model_writer()
-        optimizer = get_optimizer_state_dict(self.objective, self.adamw, options=WHOLE)
+        optimizer = optimizer_state(train_step.module, train_step.adamw)
         state = {name: getattr(self, name) for name in COUNTERS}
-        state["window_loss"] = self.accelerator.reduce(self.window_loss, "mean").item()
+        state["window_loss"] = accelerator.reduce(train_step.loss, "mean").item()
         state["watch"] = self.watch.state()
-        state["watch"]["saturated"] = self.accelerator.reduce(self.watch.values["saturated"], "mean").item()
-        state["scaler"] = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
+        state["watch"]["saturated"] = accelerator.reduce(self.watch.values["saturated"], "mean").item()
+        state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
 
         def fill(folder: Path) -> None:
             write_model(folder)
@@ -392,158 +305,90 @@ class Run:
                 self.folder.prune(self.config.keep)
 
     def close(self) -> None:
-        """Give the run's folder back."""
+        """Release the run's folder."""
         self.folder.close()
 
     def _write(self, name: str, fill: Callable[[Path], None]) -> bool:
-        return self._on_main(lambda: self.folder.write(name, fill))
+        return on_main(self.accelerator, lambda: self.folder.write(name, fill))
 
     def _model_writer(self) -> Callable[[Path], None]:
-        """What writes the model as it is now; all processes ask for it, since FSDP gathers the weights from all."""
-        weights = None
-        if isinstance(self.objective, FSDPModule):
-            gathered = get_model_state_dict(self.objective, options=WHOLE)
-            tied = {f"model.{name}" for name in self.model.all_tied_weights_keys}  # they are written once
-            weights = {name.removeprefix("model."): gathered[name] for name in gathered.keys() - tied}
+        """A function that writes the model as it is now. All processes must ask for it, since FSDP gathers from all."""
+        if self.task.denoises:  # a model whose mask has opened is trained further without closing it
+            self.model.config.annealed = self.task.ratio(max(0, self.step - 1)) == 1.0
+        weights = full_weights(self.train_step.module, self.model.all_tied_weights_keys)
         return lambda folder: save_diffusion(self.model, self.tokenizer, folder, weights)
 
-    def _restore(self, newest: Path | None) -> None:
+    def _restore(self, checkpoint: Path | None) -> None:
         """Continue from a checkpoint whose weights are loaded already; from None, begin."""
-        self.history = History() if newest is None else History.load(newest / "history.jsonl")
+        self.history = History() if checkpoint is None else History.load(checkpoint / "history.jsonl")
         self.history.path = self.folder.path / "history.jsonl" if self.is_main else None  # one process writes
         if self.is_main:
             self.history.write(self.history.path)
-        if newest is None:
-            return
-        optimizer = torch.load(newest / "optimizer.pt", map_location="cpu", weights_only=True)
-        set_optimizer_state_dict(self.objective, self.adamw, optimizer, options=WHOLE)
-        state = json.loads((newest / "state.json").read_text())
-        for name in COUNTERS:
-            setattr(self, name, state[name])
-        self.window_loss.fill_(state["window_loss"])
-        self.watch.load(state["watch"])
-        if state["scaler"] and self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.saved_step = self.step
+        if checkpoint is not None:
+            state = json.loads((checkpoint / "state.json").read_text())
+            for name in COUNTERS:
+                setattr(self, name, state.get(name, getattr(self, name)))
+            load_optimizer(self.train_step.module, self.train_step.adamw, checkpoint / "optimizer.pt")
+            self.train_step.reset()
+            self.train_step.loss.fill_(state["window_loss"])
+            self.watch.load(state["watch"])
+            if state["scaler"] and self.accelerator.scaler:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            self.saved_step = self.step
+        self.task.anneals = self.anneals
 
-    def _go_back(self, trouble: str) -> None:
-        """Continue from the newest checkpoint with a lower learning rate, and say so."""
-        was, rollbacks, seconds, best = self.step, self.rollbacks + 1, self.seconds, self.best
-        newest = self._on_main(self.folder.newest)
-        if newest is None or rollbacks > MOST_ROLLBACKS:
-            tried = f"after going back {rollbacks - 1} times" if self.rollbacks else "before the first checkpoint"
+    def _roll_back(self, trouble: str) -> None:
+        """Continue from the newest checkpoint with a lower learning rate, and say so, on the disk too."""
+        was, rollbacks, seconds, best, counted = self.step, self.rollbacks + 1, self.seconds, self.best, self.watch
+        newest = on_main(self.accelerator, self.folder.newest)
+        if newest is None or rollbacks > MAX_ROLLBACKS:
+            tried = f"after {rollbacks - 1} rollbacks" if self.rollbacks else "before the first checkpoint"
             raise Unstable(
-                f"training is unstable: at step {was}, {tried}, {trouble}. Lower learning_rate, or lengthen "
-                "warmup_steps" + ("" if newest else "; a smaller save_every gives a checkpoint to go back to")
+                f"training is unstable: at step {was}, {tried}, {trouble}. Start it again with a lower learning_rate "
+                "or more warmup_steps, under another `name` or with resume='never' (in a terminal --fresh)"
+                + ("" if newest else "; a smaller save_every leaves a checkpoint to roll back to")
             )
-        counted = self.watch
-        self.watch = Watch(self.config.spike, self.config.max_skips, self.accelerator.device)
-        self._load_weights(newest)
+        load_weights(self.train_step.module, self.model, newest / "model.safetensors")
         self._restore(newest)
         self.watch.forgive(counted)
         self.rollbacks, self.seconds, self.best = rollbacks, seconds, best
-        event = f"at step {was} {trouble}: back to step {self.step}, learning rate x {SLOWER**rollbacks:g}"
+        factor = ROLLBACK_LR_FACTOR**rollbacks
+        event = f"at step {was} {trouble}: rolled back to step {self.step}, learning rate x {factor:g}"
         self._record({"event": event})
         if self.is_main:
             tqdm.write(event, file=sys.stderr)
-
-    def _load_weights(self, checkpoint: Path) -> None:
-        if isinstance(self.objective, FSDPModule):
-            weights = {f"model.{name}": w for name, w in load_file(checkpoint / "model.safetensors").items()}
-            set_model_state_dict(self.objective, weights, options=StateDictOptions(full_state_dict=True, strict=False))
-        else:
-            load_model(self.model, checkpoint / "model.safetensors")
-
-    def _check_model(self) -> None:
-        config, model = self.config, self.model
-        room = getattr(model.config, "max_position_embeddings", config.length)
-        if config.length > room:
-            raise ValueError(f"length {config.length} is more than the model's {room} positions; lower `length`")
-        window = getattr(model.config, "sliding_window", None)
-        if window and getattr(model.config, "use_sliding_window", True) and config.length > window:
-            raise ValueError(
-                f"length {config.length} is more than this model's attention window of {window}, and outside of it "
-                "nothing is seen; lower `length`"
-            )
-        if config.attention == "flex" and self.accelerator.device.type != "cuda":
-            raise ValueError("attention 'flex' learns on CUDA only (torch has no backward pass for it elsewhere)")
-        if config.attention == "flex" and not model._supports_flex_attn:
-            raise ValueError(f"{type(model).__name__} has no flex attention in transformers; leave attention='sdpa'")
-        if self.is_ar and mask_id_of(model) is not None:
-            raise ValueError(
-                "objective 'ar' needs an AR model; a diffusion model sees the tokens it would have to predict"
-            )
-        if not self.is_ar:
-            require_mask_id(model)
-        if not self.is_ar and model.config.shift != config.shift:
-            raise ValueError(
-                f"the model was made with shift={model.config.shift}, the config says shift={config.shift}"
-            )
-        rows, largest = len(model.get_input_embeddings().weight), max(self.tokenizer.get_vocab().values())
-        if largest >= rows:
-            raise ValueError(
-                f"the tokenizer's ids go up to {largest}, but the model's embedding has {rows} rows; "
-                "they do not belong together"
-            )
-        for name, weight in model.named_parameters():
-            if not torch.isfinite(weight).all():
-                raise ValueError(f"the weights {name} of the model are not finite; load it again from a whole copy")
+        self._write_checkpoint()  # so that a run stopped right now remembers that it rolled back
 
 
 # ------------------------------------------------------------------------------------------------- helpers
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """From the CPU to a device, without waiting for it: a GPU copies from pinned memory while it computes."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
-def _adamw(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
-    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2), fused=True)
-
-
-def _whole_and_exact(plugin: FullyShardedDataParallelPlugin) -> None:
-    """Every process holds the weights already: on accelerate's way through empty ones the head would lose its tie to
-    the embeddings. And FSDP casts nothing: autocast does, as on one process; losses, times and sums stay in FP32."""
-    plugin.cpu_ram_efficient_loading = False
-    plugin.mixed_precision_policy = None
+def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
+    """Raise ValueError if model, tokenizer and config do not belong together."""
+    room = getattr(model.config, "max_position_embeddings", config.length)
+    if config.length > room:
+        raise ValueError(f"length {config.length} is more than the model's {room} positions; lower `length`")
+    window = getattr(model.config, "sliding_window", None)
+    if window and getattr(model.config, "use_sliding_window", True) and config.length > window:
+        raise ValueError(
+            f"length {config.length} is more than this model's attention window of {window}, and outside of it "
+            "nothing is seen; lower `length`"
+        )
+    rows, largest = len(model.get_input_embeddings().weight), max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ValueError(
+            f"the tokenizer's ids go up to {largest}, but the model's embedding has {rows} rows; "
+            "they do not belong together"
+        )
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"the weights {name} of the model are not finite; load it again from a whole copy")
 
 
 def _digest(model: nn.Module) -> str:
-    """Of the weights."""
+    """A hash of the weights."""
     hashed = hashlib.blake2b(digest_size=8)
     for weight in model.parameters():
         hashed.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
     return hashed.hexdigest()
-
-
-@contextlib.contextmanager
-def _attending(model: PreTrainedModel, mask: Tensor | BlockMask | None) -> Iterator[None]:
-    """Flex attention under a mask of its kind; otherwise, and in evaluation, what the model was loaded with."""
-    usual = model.config._attn_implementation
-    if isinstance(mask, BlockMask):
-        model.config._attn_implementation = "flex_attention"
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = usual
-
-
-def _set_dropout(model: nn.Module, share: float) -> None:
-    """Dropout everywhere at one rate, whatever the checkpoint's config asked for."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = share
-        for name in ("dropout", "attention_dropout"):  # OPT and Llama keep a number
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, share)
-
-
-def _transformer_blocks(model: nn.Module) -> nn.ModuleList:
-    return max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
 
 
 def _finite(value: float) -> float | None:

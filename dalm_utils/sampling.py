@@ -12,9 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .backbone import DTYPES, autocast, begin_id, pick_precision
-from .corpus import encode
-from .objective import chunk_rows, hidden_states, logits_of, require_mask_id, seeded
+from .backbone import begin_id, encode, hidden_states, predicting_states, require_mask_id
+from .head import chunk_rows, logits_of
+from .machine import DTYPES, autocast, pick_precision
+from .objective import seeded
 
 Parts = list[str | Tensor | int]  # given texts, given token ids `[n]`, and gaps of so many tokens
 
@@ -130,7 +131,7 @@ def generate(
             where = active.to(model.device)
             hidden = hidden_states(model, canvas[where], None if attention_mask is None else attention_mask[where])
             places, columns = wanted[active].nonzero(as_tuple=True)
-            sources = hidden[places, columns - 1 if model.config.shift else columns]  # [M, D]
+            sources = predicting_states(model, hidden, (places * canvas.shape[1] + columns).to(model.device))  # [M, D]
             if choose.measure is not None:
                 kept = choose.keep(_measured(model, tokenizer, sources, choose.measure), active[places])
                 places, columns, sources = places[kept], columns[kept], sources[kept.to(model.device)]

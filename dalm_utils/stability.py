@@ -1,7 +1,8 @@
-"""Numerical stability: which steps may count, and when a run has to go back.
+"""Numerical stability: which steps count, and when a run has to roll back.
 
-A step whose gradient is not finite, or far larger than usual, changes nothing and is counted. Several in a row, a
-loss scale that has collapsed, or saturated logits send the run back to its newest checkpoint with a lower rate.
+A step whose gradient is not finite, or far larger than usual, is skipped and counted. Several skipped steps in a row, a
+collapsed loss scale, or saturated predictions make the run roll back to its newest checkpoint with a lower learning
+rate.
 """
 
 from __future__ import annotations
@@ -9,28 +10,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SATURATED = 30.0  # nats: no healthy model, not even a random one, gives the truth a probability of e^-30...
-SATURATED_SHARE = 0.01  # ...and one that does so to more predictions than this learns nothing from them
-SMALLEST_SCALE = 1.0  # a loss scale below 1 means that gradients overflow float16 even when nothing magnifies them
-SLOWER = 0.5  # the learning rate after going back, as a share of the one before
-MOST_ROLLBACKS = 3  # then the run is given up
-MEMORY = 0.05  # of the running mean of gradient norms: about the last twenty steps
+SATURATED = 30.0  # nats: no healthy model, not even a random one, gives the true token a probability of e^-30...
+SATURATED_FRACTION = 0.01  # ...and a model that does so for more than this fraction of tokens learns nothing from them
+SMALLEST_SCALE = 1.0  # with a loss scale below 1, gradients overflow float16 even when nothing magnifies them
+ROLLBACK_LR_FACTOR = 0.5  # the learning rate after a rollback, relative to the one before
+MAX_ROLLBACKS = 3  # then the run is given up
+NORM_DECAY = 0.05  # of the running mean of gradient norms: it covers about the last twenty steps
 
 
 class Unstable(RuntimeError):
-    """Going back did not help, or there was nothing to go back to."""
+    """Rolling back did not help, or there was no checkpoint to roll back to."""
 
 
 class Watch:
-    """Judges each step on its device, without waiting for it; `read` waits, and is called where a record is written.
+    """Judges each step on its device, in place and without waiting for it. `read` waits, and is called per record.
 
     Args:
         spike: a gradient norm of more than this many times the running mean is a spike (None: nothing is).
-        max_skips: so many unusable steps in a row are trouble.
+        max_skips: this many skipped steps in a row are trouble.
         device: where the gradients are.
     """
 
-    COUNTS = ("skipped", "spikes", "in_a_row")  # since the run began; steps that did not count, and why
+    COUNTS = ("skipped", "spikes", "in_a_row")  # skipped steps since the run began
     WINDOW = ("largest_norm", "saturated", "predictions")  # since the last record
 
     def __init__(self, spike: float | None, max_skips: int, device: torch.device | str = "cpu"):
@@ -39,38 +40,38 @@ class Watch:
         self.values = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
 
     def judge(self, norm: Tensor) -> Tensor:
-        """Whether the step with this gradient norm is unusable: a scalar bool on the norm's device."""
+        """Whether to skip the step with this gradient norm: a scalar bool on the norm's device."""
         value, finite = self.values, torch.isfinite(norm)
         usual = value["usual_norm"]
         spiked = finite & (usual > 0) & (norm > (self.spike or torch.inf) * usual)
-        unusable = ~finite | spiked
-        value["skipped"] += unusable
-        value["spikes"] += spiked
-        value["in_a_row"] = (value["in_a_row"] + 1) * unusable
-        value["largest_norm"] = torch.where(finite, norm, 0).maximum(value["largest_norm"])
-        moved = torch.where(usual > 0, usual + MEMORY * (norm - usual), norm)
-        value["usual_norm"] = torch.where(unusable, usual, moved)
-        return unusable
+        skip = ~finite | spiked
+        value["skipped"].add_(skip)
+        value["spikes"].add_(spiked)
+        value["in_a_row"].add_(1).mul_(skip)
+        value["largest_norm"].copy_(torch.where(finite, norm, 0).maximum(value["largest_norm"]))
+        moved = torch.where(usual > 0, usual + NORM_DECAY * (norm - usual), norm)
+        usual.copy_(torch.where(skip, usual, moved))
+        return skip
 
-    def count(self, saturated: Tensor, predictions: int) -> None:
-        """Add how many tokens a step predicted, over all processes, and how many of this one's were saturated."""
-        self.values["saturated"] += saturated
-        self.values["predictions"] += predictions
+    def count(self, saturated: Tensor, predictions: Tensor | int) -> None:
+        """Add the number of tokens that a step predicted, and how many of them were saturated."""
+        self.values["saturated"].add_(saturated)
+        self.values["predictions"].add_(predictions)
 
     def read(self, saturated: float, loss_scale: float | None) -> tuple[dict, str | None]:
-        """The figures of a record, and what is wrong, if anything; the window begins anew.
+        """The figures of a record, and what is wrong, if anything; a new window begins.
 
         Args:
-            saturated: the window's count over all processes.
+            saturated: the window's count, summed over all processes.
             loss_scale: of an FP16 run.
         """
         value = {name: tensor.item() for name, tensor in self.values.items()}
-        share = self._share(saturated)
+        fraction = self._fraction(saturated)
         figures = {
             "skipped": int(value["skipped"]),
             "spikes": int(value["spikes"]),
             "largest_norm": value["largest_norm"] or None,  # no norm was finite
-            "saturated": share,
+            "saturated": fraction,
         }
         if self.spike is not None:
             figures["norm_limit"] = self.spike * value["usual_norm"]
@@ -78,35 +79,44 @@ class Watch:
             figures["loss_scale"] = loss_scale
         for name in self.WINDOW:
             self.values[name].zero_()
-        return figures, self._trouble(value["in_a_row"], share, loss_scale)
+        return figures, self._trouble(value["in_a_row"], fraction, loss_scale)
 
-    def _trouble(self, in_a_row: float, share: float, loss_scale: float | None) -> str | None:
+    def _trouble(self, in_a_row: float, fraction: float, loss_scale: float | None) -> str | None:
         if in_a_row >= self.max_skips:
-            return f"{in_a_row:.0f} steps in a row were unusable"
+            return f"{in_a_row:.0f} steps in a row were skipped"
         if loss_scale is not None and loss_scale < SMALLEST_SCALE:
             return f"the loss scale fell to {loss_scale:g}"
-        if share > SATURATED_SHARE:
-            return f"{share:.1%} of the predictions are saturated (more than {SATURATED:g} nats off)"
-        return None
+        return saturation(fraction)
 
     def is_calm(self, saturated: float) -> bool:
-        """Whether the latest step was usable, and the window is not saturated (a count over all processes)."""
-        return self.values["in_a_row"].item() == 0 and self._share(saturated) <= SATURATED_SHARE
+        """Whether the last step was not skipped, and the window is not saturated (a count over all processes)."""
+        return self.skipped_in_a_row() == 0 and saturation(self._fraction(saturated)) is None
 
-    def _share(self, saturated: float) -> float:
+    def skipped_in_a_row(self) -> int:
+        """How many of the latest steps were skipped, up to and including the last one."""
+        return int(self.values["in_a_row"].item())
+
+    def _fraction(self, saturated: float) -> float:
         return saturated / max(self.values["predictions"].item(), 1)
 
     def state(self) -> dict[str, float]:
-        """Everything, as numbers; `load` takes it back."""
+        """Everything as numbers; `load` takes them."""
         return {name: tensor.item() for name, tensor in self.values.items()}
 
     def load(self, state: dict[str, float]) -> None:
-        """Continue from what `state` gave."""
+        """Continue from what `state` returned."""
         for name, number in state.items():
             self.values[name].fill_(number)
 
     def forgive(self, other: Watch) -> None:
-        """The trouble that `other` saw is over, but what it counted stays counted."""
+        """Keep what `other` counted over the whole run, but not the trouble it saw."""
         for name in ("skipped", "spikes"):
             self.values[name].copy_(other.values[name])
         self.values["in_a_row"].zero_()
+
+
+def saturation(fraction: float) -> str | None:
+    """What is wrong when this fraction of the predictions is saturated, if anything."""
+    if fraction > SATURATED_FRACTION:
+        return f"{fraction:.1%} of the predictions are saturated (more than {SATURATED:g} nats off)"
+    return None

@@ -9,17 +9,19 @@ import threading
 from collections.abc import Callable, Iterator
 
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.state import AcceleratorState
-from accelerate.tracking import get_available_trackers
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .backbone import pick_device, pick_precision
-from .checkpoint import History, first_line
+from .checkpoint import first_line
 from .config import RunConfig
+from .history import History
+from .processes import any_process, make_accelerator
 from .run import Run, build
 from .stability import Unstable
+
+PAIRED = (  # what the arms of an ablation must have in common, to see the same batches and noise
+    "text", "field", "train_blocks", "length", "batch", "accumulate", "seed", "times", "eps", "device", "precision",
+)  # fmt: skip
 
 
 def train(
@@ -33,12 +35,14 @@ def train(
     """Train in place and return what was recorded; the run's folder holds checkpoints, `best` and history.
 
     Interrupting (Ctrl-C, the stop button, SIGTERM) finishes the step, writes a checkpoint and returns; a second
-    Ctrl-C does not wait. Called again with the same config it continues there, and what it then does is what it
-    would have done. Under `accelerate launch` the same call is one of many processes.
+    Ctrl-C does not wait. Called again with the same config, training resumes there, exactly as if it had not been
+    interrupted. A finished run continues when it is given more steps: the cosine then ends at the new last step.
+    A diffusion model whose mask has opened is trained further without closing it.
+    Under `accelerate launch` the same call is one of many processes.
 
     Args:
-        model: from `as_diffusion` (or a plain AR model if `config.objective` is "ar").
-        resume: "auto" continues from the newest whole checkpoint, if there is one; "never" starts afresh and
+        model: from `as_diffusion` or `load_diffusion` (or a plain AR model if `config.objective` is "ar").
+        resume: "auto" continues from the newest whole checkpoint, if there is one; "never" starts over and
             moves an earlier run of that name aside.
         on_log: called with (history, config) after each record, to draw it.
 
@@ -46,7 +50,7 @@ def train(
         ValueError: the earlier run of that name had another config (the difference is spelled out), the
             model does not fit, or the text has too few tokens.
         RuntimeError: another process is writing to the same run, one of this run's own has died, the last checkpoint
-            could not be written, or the run is numerically unstable and going back to a checkpoint did not help.
+            could not be written, or the run is numerically unstable (`Unstable`) and rolling back did not help.
     """
     with _opened({config.name: (model, tokenizer, config)}, resume) as runs:
         run = runs[config.name]
@@ -62,7 +66,7 @@ def train_arms(
     Each arm builds its own model with `build` and keeps its own folder, `<config.name>-<arm>`.
 
     Raises:
-        ValueError: arms that would not be paired, because they differ in one of `PAIRED`.
+        ValueError: arms that would not be paired, because they differ in one of `PAIRED` or in their tokenizer.
     """
     first = next(iter(configs.values()))
     for name, config in configs.items():
@@ -81,79 +85,85 @@ def train_arms(
         return _histories(runs)
 
 
-def _histories(runs: dict[str, Run]) -> dict[str, History]:
-    """As they are now: a run that goes back takes up another one."""
-    return {name: run.history for name, run in runs.items()}
-
-
-KINDS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
-PAIRED = (
-    "text", "field", "train_blocks", "length", "batch", "accumulate", "seed", "times", "eps", "attention", "device",
-    "precision",
-)  # fmt: skip
-
-
 @contextlib.contextmanager
 def _opened(arms: dict[str, tuple], resume: str) -> Iterator[dict[str, Run]]:
-    """The runs, their folders claimed; given back at the end, whatever happens."""
+    """The runs, their folders claimed; released at the end, whatever happens."""
     with contextlib.ExitStack() as stack:
         runs = {}
         for name, (model, tokenizer, config) in arms.items():
-            runs[name] = Run(model, tokenizer, config, _accelerator(config), resume)  # each has its own loss scale
+            runs[name] = Run(model, tokenizer, config, make_accelerator(config), resume)  # each has its own loss scale
             stack.callback(runs[name].close)
-        first, *others = runs.values()
+        first = next(iter(runs.values()))
         if first.config.trackers:
             first.accelerator.init_trackers("trackers")
             for tracker in first.accelerator.trackers:
                 stack.callback(tracker.finish)
-        for run in others:
+        for name, run in runs.items():
             run.accelerator.trackers = first.accelerator.trackers
+            if run.task.digest != first.task.digest:
+                raise ValueError(
+                    f"arm {name!r} (base {run.config.base!r}) reads the text as other tokens than the first arm (base "
+                    f"{first.config.base!r}), so they would not see the same batches; use bases with one tokenizer"
+                )
         yield runs
 
 
 def _drive(runs: dict[str, Run], report: Callable[[], None] | None) -> None:
-    """Advance all runs by one step, again and again, until they are done or the user stops them."""
-    some = next(iter(runs.values()))
-    # Drawn once a second: what shows a notebook may keep a thousand messages of a cell and lose the rest.
-    bar = tqdm(
-        total=some.total, initial=some.step, desc=" + ".join(runs), unit="step", mininterval=1, disable=not some.is_main
-    )
-    report = report if some.is_main and report is not None else lambda: None
-    with _stop_at_step_end() as asked, bar, _told_where_it_ended(some):
+    """Advance all runs step by step in turn, until they are done or the user stops them."""
+    first = next(iter(runs.values()))
+    report = report if first.is_main and report is not None else lambda: None
+    with _stop_at_step_end() as asked, _progress_bar(runs) as show, _naming_the_checkpoint(first):
         if all(run.is_done for run in runs.values()):
             report()  # a finished run shows its curve again
-        stopped = False
-        while not stopped and not all(run.is_done for run in runs.values()):
-            if any([run.advance() for run in runs.values() if not run.is_done]):  # a list: every arm takes its step
+        rounds, stopped = 0, False
+        while not stopped and (active := [run for run in runs.values() if not run.is_done]):
+            recorded = [run.advance() for run in active]
+            rounds += 1
+            if any(recorded):
                 report()
-            bar.update(some.step - bar.n)  # backwards, when the run goes back
-            figures = {key: f"{value:.3f}" for key in ("loss", "nelbo") if (value := some.history.last(key))}
-            bar.set_postfix(figures, refresh=False)
-            stopped = _all_agree(asked, some)
-        for run in runs.values():
-            run.save()
-    for run in runs.values():
-        if run.saved_step != run.step:
+            show()
+            # Several processes agree about it now and then: at the same rounds on each, whichever runs are done.
+            if first.accelerator.num_processes == 1 or rounds % first.config.log_every == 0:
+                stopped = any_process(first.accelerator, bool(asked))
+        troubles = {run: run.save() for run in runs.values()}
+    for run, trouble in troubles.items():
+        if trouble is not None and run.is_main:
+            print(
+                f"step {run.step} of {run.config.name!r} was not saved, since its weights are unusable: {trouble}; "
+                f"{_newest(run)}",
+                file=sys.stderr,
+            )
+        elif trouble is None and run.saved_step != run.step:
             raise RuntimeError(
                 f"the last checkpoint of {run.config.name!r}, at step {run.step}, could not be written. Make room: "
-                f"{_newest(run)}. (A model that was handed to `train` still holds step {run.step}.)"
+                f"{_newest(run)}. (A model that was passed to `train` still holds step {run.step}.)"
             )
-    if stopped and some.is_main:
-        print(f"stopped at step {some.step} of {some.total}; run it again to continue from there", file=sys.stderr)
+    if stopped and first.is_main:
+        print(f"stopped at step {first.step} of {first.total}; run it again to continue from there", file=sys.stderr)
 
 
-def _all_agree(asked: list, run: Run) -> bool:
-    """Whether any process was asked to stop. Several compare notes when they log, which waits for all anyway."""
-    if run.accelerator.num_processes == 1:
-        return bool(asked)
-    if run.step % run.config.log_every:
-        return False
-    return bool(run.accelerator.reduce(torch.tensor(float(len(asked)), device=run.accelerator.device)) > 0)
+@contextlib.contextmanager
+def _progress_bar(runs: dict[str, Run]) -> Iterator[Callable[[], None]]:
+    """A bar on the main process, and the function that brings it up to date."""
+    first = next(iter(runs.values()))
+    # Drawn once a second: a notebook's viewer may keep a thousand messages of a cell and lose the rest.
+    bar = tqdm(
+        total=first.total, initial=first.step, desc=" + ".join(runs), unit="step", mininterval=1,
+        disable=not first.is_main,
+    )  # fmt: skip
+
+    def show() -> None:
+        bar.update(first.step - bar.n)  # backwards, when the run rolls back
+        figures = {key: f"{value:.3f}" for key in ("loss", "nelbo") if (value := first.history.last(key))}
+        bar.set_postfix(figures, refresh=False)
+
+    with bar:
+        yield show
 
 
 @contextlib.contextmanager
 def _stop_at_step_end() -> Iterator[list]:
-    """A list that is empty until Ctrl-C or SIGTERM asks for an end; a step is never cut in two."""
+    """A list that is empty until Ctrl-C or SIGTERM asks to stop. A step is never cut in two."""
     asked: list = []
 
     def ask(number, frame):
@@ -173,7 +183,7 @@ def _stop_at_step_end() -> Iterator[list]:
 
 
 @contextlib.contextmanager
-def _told_where_it_ended(run: Run) -> Iterator[None]:
+def _naming_the_checkpoint(run: Run) -> Iterator[None]:
     """When one of several processes dies, the others fail in the middle of a step: say what that means."""
     try:
         yield
@@ -192,25 +202,6 @@ def _newest(run: Run) -> str:
     return f"the checkpoint of step {run.saved_step} is whole, and the same command continues there"
 
 
-def _accelerator(config: RunConfig) -> Accelerator:
-    """For one run; what a later call in the same process wants of the machine may be another thing."""
-    device = pick_device(config.device)
-    precision = {"fp32": "no"}.get(name := pick_precision(config.precision, device), name)
-    if AcceleratorState._shared_state:
-        state = AcceleratorState()
-        if (state.mixed_precision, state.device.type) != (precision, device.type):
-            AcceleratorState._reset_state(reset_partial_state=state.num_processes == 1)
-    trackers = [name.strip() for name in config.trackers.split(",") if name.strip()]
-    available = [tracker.value for tracker in get_available_trackers()]
-    for name in trackers:
-        if name not in available:
-            raise ValueError(f"the tracker {name!r} is not installed here (pip install {name}); there are: {available}")
-    accelerator = Accelerator(
-        mixed_precision=precision, cpu=device.type == "cpu", log_with=trackers or None, project_dir=config.folder
-    )
-    kind = accelerator.distributed_type
-    if kind not in KINDS or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
-        raise ValueError(
-            f"training under {kind.value} is not supported; launch with --multi_gpu, or --use_fsdp --fsdp_version 2"
-        )
-    return accelerator
+def _histories(runs: dict[str, Run]) -> dict[str, History]:
+    """As they are now: a run that rolls back takes an earlier history."""
+    return {name: run.history for name, run in runs.items()}

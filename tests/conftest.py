@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from dalm_utils import backbone, corpus, run, training
+from dalm_utils import corpus, machine, run, sampling, training
 
 
 @pytest.fixture
@@ -21,8 +21,8 @@ def fp16(monkeypatch):
         one.native_amp, one.scaler = True, torch.amp.GradScaler("cpu", init_scale=2.0**28)
         return one
 
-    monkeypatch.setattr(training, "_accelerator", accelerator)
-    for module in (backbone, run):  # float16 although it is slow here
+    monkeypatch.setattr(training, "make_accelerator", accelerator)
+    for module in (machine, run, sampling):  # float16 although it is slow here
         monkeypatch.setattr(module, "pick_precision", lambda precision, device: "fp16")
     yield
     AcceleratorState._reset_state()

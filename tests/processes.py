@@ -17,7 +17,7 @@ import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 
 from dalm_utils import train, training
-from dalm_utils.checkpoint import History
+from dalm_utils.history import History
 from tests.helpers import tiny_config, tiny_diffusion
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -41,7 +41,7 @@ def train_tiny(folder: Path, changes: dict, environment: dict | None = None) -> 
 
 def allow_fsdp_on_cpus() -> None:
     """accelerate keeps FSDP for GPUs; here its own FSDP code is made to run on gloo."""
-    made = training._accelerator
+    made = training.make_accelerator
 
     def accelerator(config):
         one = made(config)
@@ -51,7 +51,7 @@ def allow_fsdp_on_cpus() -> None:
             one.state.fsdp_plugin.set_mixed_precision(one.mixed_precision)
         return one
 
-    training._accelerator = accelerator
+    training.make_accelerator = accelerator
 
 
 def start(folder: Path, changes: dict, environment: dict | None = None):

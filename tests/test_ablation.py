@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dalm_utils import ablation, load_config
-from dalm_utils.checkpoint import History
+from dalm_utils.history import History
 from tests.helpers import tiny_config, tiny_model, tiny_tokenizer
 
 

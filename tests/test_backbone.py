@@ -26,8 +26,7 @@ from dalm_utils import (
     save_diffusion,
     train,
 )
-from dalm_utils.backbone import begin_id, randomize
-from dalm_utils.objective import hidden_states
+from dalm_utils.backbone import begin_id, hidden_states, randomize
 from tests.helpers import FAMILIES, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer, write_gguf
 
 

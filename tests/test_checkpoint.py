@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from dalm_utils.checkpoint import History, RunFolder, is_whole, write_whole
+from dalm_utils.checkpoint import RunFolder, is_whole, write_whole
+from dalm_utils.history import History
 
 
 def write(folder, text="x"):

@@ -67,3 +67,20 @@ def test_unknown_profiles_and_variables(monkeypatch):
     monkeypatch.setenv("DALM_STEPS", "many")
     with pytest.raises(ValueError, match="steps must be of type int, got 'many'"):
         load_config("gpt2", "laptop")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../base/tiny-gpt2", "a/b", "/tmp/x", "a\\b"])
+def test_a_name_that_leaves_the_folder_of_runs_is_refused(name):
+    with pytest.raises(ValueError, match="name must be the name of one folder inside of"):
+        RunConfig(name=name)
+
+
+@pytest.mark.parametrize("field", ["learning_rate", "epochs", "weight_decay", "eps", "distill", "clip", "spike"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(field, value):
+    with pytest.raises(ValueError, match=f"{field} must be a finite number, got {value}"):
+        RunConfig(**{field: value})
+
+
+def test_the_old_name_of_a_recipe_still_works():
+    assert load_config(notebook="shift", profile="laptop") == load_config("shift", "laptop")

@@ -12,7 +12,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dalm_utils import corpus
-from dalm_utils.corpus import Blocks, encode, load_corpus
+from dalm_utils.backbone import encode
+from dalm_utils.corpus import Blocks, load_corpus
 from dalm_utils.documents import identify
 from dalm_utils.hubs import BASES
 from tests.helpers import TEXTS, tiny_diffusion, tiny_tokenizer

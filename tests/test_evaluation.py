@@ -13,8 +13,8 @@ from dalm_utils import (
     nelbo,
     paired_difference,
 )
-from dalm_utils.corpus import encode
-from dalm_utils.objective import hidden_states, logits_of
+from dalm_utils.backbone import encode, hidden_states
+from dalm_utils.head import logits_of
 from tests.helpers import tiny_diffusion, tiny_model, tiny_tokenizer
 
 

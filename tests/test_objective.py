@@ -5,8 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dalm_utils import annealed_mask, corrupt, diffusion_loss, objective, sample_times
-from dalm_utils.objective import _WeightedNLL, hidden_states, logits_of
+from dalm_utils import annealed_mask, corrupt, diffusion_loss, head, objective, sample_times
+from dalm_utils.backbone import hidden_states
+from dalm_utils.head import _WeightedNLL, logits_of
+from dalm_utils.objective import Batch, batch_loss
 from tests.helpers import FAMILIES, tiny_diffusion, tiny_model
 
 
@@ -37,7 +39,7 @@ def plain_loss(model, tokens, noised, masked, times, attention_mask, shift, norm
 @pytest.mark.parametrize("normalize", ["maskable", "masked"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_loss_and_gradients_equal_the_plain_definition(family, shift, normalize, tied, monkeypatch):
-    monkeypatch.setitem(objective.CHUNK_ELEMENTS, "cpu", 0)  # 256 rows at a time, so that several chunks are needed
+    monkeypatch.setitem(head.CHUNK_ELEMENTS, "cpu", 0)  # 256 rows at a time, so that several chunks are needed
     model, _ = tiny_diffusion(family, shift, tied=tied)
     tokens, noised, masked, times = noisy_batch(shape=(48, 16))
     assert masked.sum() > 256
@@ -68,12 +70,12 @@ def test_loss_and_gradients_equal_the_plain_definition(family, shift, normalize,
 def test_with_a_teacher_the_target_is_a_mixture_of_the_token_and_what_the_teacher_says(
     share, family, shift, monkeypatch
 ):
-    monkeypatch.setitem(objective.CHUNK_ELEMENTS, "cpu", 0)
+    monkeypatch.setitem(head.CHUNK_ELEMENTS, "cpu", 0)
     model, _ = tiny_diffusion(family, shift, tied=False)
     teacher = tiny_model(family, vocab=320, seed=1)
     tokens, noised, masked, times = noisy_batch(shape=(48, 16))
 
-    ours = diffusion_loss(model, tokens, noised, masked, times, shift=shift, teacher=teacher, share=share)
+    ours = diffusion_loss(model, tokens, noised, masked, times, shift=shift, teacher=teacher, teacher_weight=share)
     ours.loss.backward()
     gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
@@ -90,7 +92,7 @@ def test_with_a_teacher_the_target_is_a_mixture_of_the_token_and_what_the_teache
     plain = total / masked[:, 1:].numel()
     plain.backward()
     assert ours.loss.item() == pytest.approx(plain.item(), rel=1e-5)
-    assert ours.nll.item() == pytest.approx(nll.item(), rel=1e-5) and not ours.nll.requires_grad
+    assert ours.nll.item() == pytest.approx(nll.item() / masked[:, 1:].numel(), rel=1e-5) and not ours.nll.requires_grad
     largest = max(float(p.grad.abs().max()) for p in model.parameters())
     for a, b in zip(gradients, (p.grad for p in model.parameters()), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * largest)
@@ -101,11 +103,13 @@ def test_what_a_teacher_says_of_mask_is_left_out():
     """Where [MASK] was a token of the base already, its share goes to the other tokens."""
     model, teacher = tiny_diffusion()[0], tiny_model(vocab=321, seed=1)
     batch = noisy_batch()
-    loss = diffusion_loss(model, *batch, teacher=teacher, share=1.0)
+    loss = diffusion_loss(model, *batch, teacher=teacher, teacher_weight=1.0)
     loss.loss.backward()
     assert torch.isfinite(loss.loss) and all(torch.isfinite(p.grad).all() for p in model.parameters())
     teacher.get_output_embeddings().weight.data[320] += 50.0  # now it would say nothing else
-    assert diffusion_loss(model, *batch, teacher=teacher, share=1.0).loss.item() == pytest.approx(loss.loss.item())
+    assert diffusion_loss(model, *batch, teacher=teacher, teacher_weight=1.0).loss.item() == pytest.approx(
+        loss.loss.item()
+    )
 
 
 def test_shift_reads_one_position_to_the_left_worked_by_hand():
@@ -166,21 +170,73 @@ def test_what_is_scored_meets_the_head_in_its_own_dtype_under_autocast():
 @pytest.mark.parametrize("ratio", [0.5, 1.0])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_gpu_is_never_waited_for(family, ratio, monkeypatch):
-    monkeypatch.setitem(objective.CHUNK_ELEMENTS, "meta", 2**20)
+    monkeypatch.setitem(head.CHUNK_ELEMENTS, "meta", 2**20)
     model, _ = tiny_diffusion(family)
     tokens, noised, masked, times = noisy_batch()
-    count, mask = int(masked.sum()), annealed_mask(12, ratio, generator=torch.Generator().manual_seed(0))
-    taught = dict(teacher=tiny_model(family, vocab=320), share=0.5)
-    known = diffusion_loss(model, tokens, noised, masked, times, attention_mask=mask, num_masked=count, **taught)
-    counted = diffusion_loss(model, tokens, noised, masked, times, attention_mask=mask, **taught)
-    assert torch.equal(known.loss, counted.loss)
-
-    model, *batch = (x.to("meta") for x in (model, tokens, noised, masked, times))  # shapes without values
-    mask, taught["teacher"] = None if mask is None else mask.to("meta"), taught["teacher"].to("meta")
-    diffusion_loss(model, *batch, attention_mask=mask, num_masked=count, **taught).loss.backward()
+    mask = annealed_mask(12, ratio, generator=torch.Generator().manual_seed(0))
+    batch = Batch.of(tokens, noised, masked, times, masked.sum())
+    model, mask = model.to("meta"), None if mask is None else mask.to("meta")  # shapes without values
+    batch = batch.map(lambda tensor: tensor.to("meta"))
+    taught = dict(teacher=tiny_model(family, vocab=320).to("meta"), teacher_weight=torch.zeros((), device="meta"))
+    batch_loss(model, batch, mask, **taught).loss.backward()
     assert all(p.grad.shape == p.shape for p in model.parameters())
-    with pytest.raises(RuntimeError, match="meta"):  # whatever asks for a value is refused there
-        diffusion_loss(model, *batch)
+    with pytest.raises(RuntimeError, match="meta"):  # whatever asks for a value raises there
+        Batch.of(batch.tokens, batch.noised, masked.to("meta"), times.to("meta"), batch.normalizer)
+
+
+# ------------------------------------------------------------------------------------------------- batches
+def batch_of(tokens, noised, masked, times):
+    return Batch.of(tokens, noised, masked, times, objective.default_maskable(tokens).sum())
+
+
+@pytest.mark.parametrize("taught", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unused_places_change_no_loss_and_no_gradient(family, taught):
+    model, _ = tiny_diffusion(family, tied=False)
+    batch = batch_of(*noisy_batch())
+    teaching = dict(teacher=tiny_model(family, vocab=320, seed=1), teacher_weight=torch.tensor(0.4)) if taught else {}
+    results = []
+    for given in (batch, batch.padded(batch.count + 100)):
+        model.zero_grad()
+        loss = batch_loss(model, given, **teaching)
+        loss.loss.backward()
+        results.append(
+            (loss.loss, loss.nll, loss.token_nll[: batch.count], [p.grad.clone() for p in model.parameters()])
+        )
+    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-7)
+
+
+def test_the_rows_of_a_batch_are_the_batch():
+    batch = batch_of(*noisy_batch((6, 12)))
+    parts = [batch.rows(0, 2), batch.rows(2, 3), batch.rows(3, 6)]
+    assert sum(part.count for part in parts) == batch.count
+    for start, part in zip((0, 2, 3), parts, strict=True):
+        assert torch.equal(part.noised.flatten()[part.places], torch.full((part.count,), 320))
+        assert torch.equal(part.tokens.flatten()[part.places], part.targets)
+        assert torch.equal(batch.tokens[start : start + len(part.tokens)], part.tokens)
+        assert part.normalizer == batch.normalizer
+    for name in ("targets", "weights"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+
+
+def test_a_batch_that_does_not_fit_its_capacity_is_never_truncated():
+    batch = batch_of(*noisy_batch())
+    with pytest.raises(ValueError, match=f"{batch.count} places do not fit into {batch.count - 1}"):
+        batch.padded(batch.count - 1)
+
+
+def test_places_suffice_for_nearly_every_draw():
+    """At 8 x 511 tokens the masked count is 2,044 on average with a standard deviation of 58."""
+    capacity = objective.place_capacity(8, 511, stratified=True)
+    assert capacity == 2560
+    rng = torch.Generator().manual_seed(0)
+    counts = torch.stack(
+        [torch.binomial(torch.full((8,), 511.0), sample_times(8, generator=rng), rng).sum() for _ in range(4000)]
+    )
+    assert counts.mean() == pytest.approx(2046, abs=5) and counts.std() == pytest.approx(58.3, rel=0.05)
+    assert counts.max() < capacity
+    assert objective.place_capacity(8, 511, stratified=False) == 4096  # independent times may mask nearly everything
+    assert objective.place_capacity(1, 3, stratified=True) == 256
 
 
 def test_a_loss_is_differentiated_once():
@@ -310,7 +366,7 @@ def test_float16_gradients_of_the_head_are_close_although_the_loss_scale_comes_l
     gradients = []
     for dtype in (torch.float32, torch.float16):
         inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-        total, _ = _WeightedNLL.apply(*inputs, None, targets, weights, None, dtype, True)
+        total, _ = _WeightedNLL.apply(*inputs, None, targets, weights, None, dtype, True, None)
         gradients.append(torch.autograd.grad(total, inputs))
     for ours, exact in zip(*reversed(gradients), strict=True):
         torch.testing.assert_close(ours, exact, rtol=2e-2, atol=2e-2 * float(exact.abs().mean()))

@@ -9,8 +9,8 @@ import pytest
 from matplotlib.colors import to_hex
 
 from dalm_utils import annealed_mask, generate, plots
-from dalm_utils.checkpoint import History
 from dalm_utils.config import RunConfig
+from dalm_utils.history import History
 from tests.helpers import tiny_diffusion
 
 

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from dalm_utils import load_diffusion, train
-from dalm_utils.checkpoint import History, RunFolder, is_whole
+from dalm_utils.checkpoint import RunFolder, is_whole
 from dalm_utils.config import PROJECT
-from dalm_utils.run import Run
-from tests.helpers import tiny_base, tiny_config, tiny_diffusion
+from dalm_utils.history import History
+from dalm_utils.objective import Batch
+from tests.helpers import opened, tiny_base, tiny_config, tiny_diffusion
 from tests.processes import start_many, wait_for_step
 
 STEPS = dict(steps=24, log_every=2, eval_every=6, save_every=4, sample_every=12)
@@ -78,7 +78,7 @@ def test_sharded_weights_in_bf16_keep_sums_and_times_in_fp32(tmp_path):
 def test_an_unstable_run_goes_back_on_all_processes_and_tells_why_it_ends(tmp_path, way):
     shaky = dict(steps=24, log_every=1, eval_every=24, save_every=12, spike=1.4, max_skips=1)  # step 19 is a spike
     alone, together = tiny_config(tmp_path / "alone", batch=4, **shaky), tiny_config(tmp_path, batch=2, **shaky)
-    with pytest.raises(RuntimeError, match="unstable: at step 19, after going back 3 times") as told:
+    with pytest.raises(RuntimeError, match="unstable: at step 19, after 3 rollbacks") as told:
         train(*tiny_diffusion(), alone)
     processes = start_many(2, tmp_path, dict(batch=2, **shaky), WAYS[way])
     for process in processes:
@@ -140,13 +140,14 @@ def test_the_command_trains_on_two_processes_under_a_launcher(tmp_path):
 
 
 @pytest.mark.parametrize("processes, accumulate", [(1, 2), (2, 1), (3, 2)])
-def test_the_shares_of_all_processes_are_the_batch_each_row_once(tmp_path, processes, accumulate):
-    run = Run(*tiny_diffusion(), tiny_config(tmp_path, batch=2, accumulate=accumulate), Accelerator(cpu=True))
-    rows, seen = torch.arange(2 * processes * accumulate), []
-    for index in range(processes):
-        run.accelerator = SimpleNamespace(num_processes=processes, process_index=index, device=torch.device("cpu"))
-        for share, *_, masked in run._shares(rows, rows, rows % 2 == 0, rows):
-            seen.append(share)
-            assert masked == (share % 2 == 0).sum()
-    run.close()
-    assert sorted(torch.cat(seen).tolist()) == rows.tolist()
+def test_every_row_of_the_batch_is_the_part_of_one_process(tmp_path, processes, accumulate):
+    rows, seen = 2 * processes * accumulate, []
+    with opened(*tiny_diffusion(), tiny_config(tmp_path, batch=2, accumulate=accumulate)) as run:
+        tokens = torch.arange(rows)[:, None].expand(rows, 3)
+        batch = Batch.of(tokens, tokens, tokens % 2 == 0, torch.ones(rows), torch.tensor(1))
+        for index in range(processes):
+            run.train_step.accelerator = SimpleNamespace(num_processes=processes, process_index=index)
+            for part in run.train_step._local_parts(batch):
+                seen.append(part.tokens[:, 0])
+                assert part.count == 3 * (part.tokens[:, 0] % 2 == 0).sum()
+    assert sorted(torch.cat(seen).tolist()) == list(range(rows))

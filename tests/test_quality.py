@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dalm_utils import ar_nll, as_diffusion, text_quality
-from dalm_utils.corpus import encode
+from dalm_utils.backbone import encode
 from dalm_utils.quality import infilling
 from tests.helpers import TEXTS, tiny_diffusion, tiny_model, tiny_tokenizer
 

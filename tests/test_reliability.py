@@ -21,8 +21,9 @@ from jupyter_client.manager import start_new_kernel
 from safetensors.torch import load_file
 
 from dalm_utils import checkpoint, train
-from dalm_utils.checkpoint import History, RunFolder, is_whole, write_whole
+from dalm_utils.checkpoint import RunFolder, is_whole, write_whole
 from dalm_utils.config import PROJECT
+from dalm_utils.history import History
 from tests.helpers import comparable, tiny_base, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
 from tests.processes import last_step, start, wait_for_step
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dalm_utils import generate, sampling
-from dalm_utils.corpus import encode
-from dalm_utils.objective import hidden_states, logits_of
+from dalm_utils.backbone import encode, hidden_states
+from dalm_utils.head import logits_of
 from dalm_utils.sampling import ORDERS, draw
 from tests.helpers import FAMILIES, tiny_diffusion, tiny_model, tiny_tokenizer
 

@@ -1,12 +1,15 @@
 """Faults are put into real runs, at the gradient or the weights; each run survives, says so, and ends well."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
 
 from dalm_utils import load_corpus, load_diffusion, nelbo, train, train_arms, training
-from dalm_utils.stability import MEMORY, Watch
+from dalm_utils.stability import NORM_DECAY, Watch
+from dalm_utils.step import TrainStep
 from tests.helpers import stop_after, tiny_config, tiny_diffusion, tiny_tokenizer
 
 
@@ -59,8 +62,8 @@ def test_watch_tells_usual_norms_from_spikes_and_from_nan():
     watch = Watch(spike=10, max_skips=2)
     verdicts = [bool(watch.judge(torch.tensor(norm))) for norm in (2.0, 4.0, 100.0, float("nan"), 3.0, float("inf"))]
     assert verdicts == [False, False, True, True, False, True]
-    usual = 2.0 + MEMORY * 2.0
-    assert watch.state()["usual_norm"] == pytest.approx(usual + MEMORY * (3.0 - usual))
+    usual = 2.0 + NORM_DECAY * 2.0
+    assert watch.state()["usual_norm"] == pytest.approx(usual + NORM_DECAY * (3.0 - usual))
     figures, trouble = watch.read(saturated=0, loss_scale=None)
     assert (figures["skipped"], figures["spikes"], figures["largest_norm"], trouble) == (3, 1, 100.0, None)
     watch.judge(torch.tensor(float("nan")))
@@ -100,7 +103,7 @@ def test_a_saturated_model_is_no_checkpoint_to_go_back_to():
 def test_a_run_goes_back_and_ends_well(tmp_path, precision):
     fault = Fault(range(11, 16), broken)
     model, history = faulty(tmp_path, fault, precision=precision)
-    assert events(history) == ["at step 13 3 steps in a row were unusable: back to step 8, learning rate x 0.5"]
+    assert events(history) == ["at step 13 3 steps in a row were skipped: rolled back to step 8, learning rate x 0.5"]
     assert history.records[-1]["step"] == 24 and history.last("skipped") == 5  # two more passes were broken after it
     assert all(torch.isfinite(weight).all() for weight in model.parameters())
     clean = faulty(tmp_path, Fault((), broken), name="clean", precision=precision)[1]
@@ -114,7 +117,7 @@ def test_a_run_goes_back_and_ends_well(tmp_path, precision):
 def test_an_fp16_run_whose_scale_collapses_goes_back(tmp_path, fp16):
     fault = Fault(range(31, 60), broken)  # the scale has found its level by then
     model, history = faulty(tmp_path, fault, steps=48, save_every=12, eval_every=24, max_skips=40)
-    assert len(events(history)) == 1 and "the loss scale fell to 0.5: back to step" in events(history)[0]
+    assert len(events(history)) == 1 and "the loss scale fell to 0.5: rolled back to step" in events(history)[0]
     assert history.records[-1]["step"] == 48 and history.last("loss_scale") > 1
     assert all(torch.isfinite(weight).all() for weight in model.parameters())
 
@@ -196,7 +199,7 @@ def test_a_continued_run_remembers_that_it_went_back(tmp_path):
 
 # ------------------------------------------------------------------------------------------------ giving up
 def test_a_run_that_stays_unstable_is_given_up_and_its_checkpoint_stays(tmp_path):
-    with pytest.raises(RuntimeError, match=r"after going back 3 times, 3 steps in a row.*Lower learning_rate"):
+    with pytest.raises(RuntimeError, match=r"after 3 rollbacks, 3 steps in a row.*a lower learning_rate"):
         faulty(tmp_path, Fault(range(7, 1000), broken))
     folder = tiny_config(tmp_path).folder
     assert sorted(path.name for path in folder.glob("step-*")) == ["step-000004"]
@@ -221,3 +224,86 @@ def test_a_run_ends_when_the_nelbo_no_longer_falls_and_keeps_the_best(tmp_path):
     assert json.loads((config.folder / f"step-{steps[-1]:06d}" / "state.json").read_text())["best"] == min(scores)
     assert train(*tiny_diffusion(), config).records == history.records  # a finished run is not continued
     assert train(*tiny_diffusion(), config.replace(patience=100)).records[-1]["step"] == 60  # unless more is asked
+
+
+# ------------------------------------------------------------------------------- faults between two records
+class Strike:
+    """Multiplies the weights of the head by 1,000 once, right after the optimizer took a given step."""
+
+    def __init__(self, monkeypatch, step, then=None):
+        self.step, self.then, self.struck = step, then, False
+        take = TrainStep.__call__
+        monkeypatch.setattr(TrainStep, "__call__", lambda *arguments: self._take(take, *arguments))
+
+    def _take(self, take, train_step, step, *rates):
+        norm = take(train_step, step, *rates)
+        if step + 1 == self.step and not self.struck:
+            self.struck = True
+            with torch.no_grad():
+                train_step.model.get_output_embeddings().weight.mul_(1e3)
+            if self.then is not None:
+                os.kill(os.getpid(), self.then)
+        return norm
+
+
+SPARSE = dict(steps=30, log_every=10, save_every=4, eval_every=30)
+
+
+@pytest.mark.parametrize("step", [9, 11, 12, 13, 15, 16, 20, 29, 30])
+def test_a_run_recovers_wherever_its_weights_break(tmp_path, monkeypatch, step):
+    """Also directly before a checkpoint, where no step has used the weights yet, and at the end."""
+    Strike(monkeypatch, step)
+    model, tokenizer = tiny_diffusion()
+    history = train(model, tokenizer, tiny_config(tmp_path, **SPARSE))
+    assert len(events(history)) == 1 and history.records[-1]["step"] == 30
+    back = int(events(history)[0].split("rolled back to step ")[1].split(",")[0])
+    assert back == 4 * ((step - 1) // 4)
+    for folder in tiny_config(tmp_path).folder.glob("step-*"):
+        score = nelbo(*load_diffusion(folder), held_out(tiny_config(tmp_path)), num_samples=2, precision="fp32")
+        assert score.mean < 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_stopped_right_after_its_weights_broke_keeps_its_good_checkpoint(tmp_path, monkeypatch, capsys, number):
+    Strike(monkeypatch, step=11, then=number)
+    config = tiny_config(tmp_path, **SPARSE)
+    train(*tiny_diffusion(), config)
+    assert "step 11 of 'tiny' was not saved, since its weights are unusable" in capsys.readouterr().err
+    assert sorted(path.name for path in config.folder.glob("step-*")) == ["step-000004", "step-000008"]
+    assert train(*tiny_diffusion(), config).records[-1]["step"] == 30  # from step 8 on
+
+
+def test_a_run_stopped_right_after_a_rollback_remembers_it(tmp_path):
+    def settings(name):
+        return tiny_config(tmp_path, name=name, steps=24, log_every=1, eval_every=12, save_every=4, max_skips=3)
+
+    def stop_at_event(history, config):
+        if "event" in history.records[-1]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    fault = Fault(range(11, 14), broken)
+    expected = train(fault.strike(tiny_diffusion()[0]), tiny_tokenizer_with_mask(), settings("whole"))
+    fault.seen = 0
+    stopped = train(
+        fault.strike(tiny_diffusion()[0]), tiny_tokenizer_with_mask(), settings("parts"), on_log=stop_at_event
+    )
+    assert stopped.records[-1]["step"] == 8 and events(stopped) == events(expected)
+    history = train(*tiny_diffusion(seed=5), settings("parts"))
+    assert events(history) == events(expected) and history.series("lr") == expected.series("lr")
+    assert history.last("nelbo") == expected.last("nelbo")
+
+
+def tiny_tokenizer_with_mask():
+    return tiny_diffusion()[1]
+
+
+@pytest.mark.parametrize("rate, steps", [(1e38, 8), (1e38, 2), (1e20, 30)])
+def test_a_run_that_became_nan_ends_with_an_error(tmp_path, rate, steps):
+    with pytest.raises(RuntimeError, match=r"unstable: at step \d+, .*(not finite|skipped|saturated)"):
+        train(*tiny_diffusion(), tiny_config(tmp_path, learning_rate=rate, steps=steps))
+    assert not list(tiny_config(tmp_path).folder.glob("step-*"))
+
+
+def test_a_run_in_which_every_step_was_skipped_ends_with_an_error(tmp_path):
+    with pytest.raises(RuntimeError, match="before the first checkpoint, every step was skipped"):
+        faulty(tmp_path, Fault(range(1, 9), broken), steps=8, max_skips=25)

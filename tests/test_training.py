@@ -14,14 +14,14 @@ from dalm_utils import (
     load_base,
     load_diffusion,
     nelbo,
-    run,
     save_diffusion,
+    step,
     train,
     train_arms,
     training,
 )
 from dalm_utils.annealing import anneal_ratio
-from dalm_utils.objective import hidden_states, sample_times, seeded
+from dalm_utils.objective import batch_loss, hidden_states, sample_times, seeded
 from dalm_utils.run import learning_rate
 from tests.helpers import (
     FAMILIES,
@@ -102,14 +102,15 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path, stop, precision
 
 
 @pytest.mark.parametrize(("over", "shares"), [(None, [4 / 5, 3 / 4, 2 / 3, 1 / 2]), (2, [4 / 5, 2 / 3, 0, 0])])
-def test_the_base_teaches_less_and_less_and_never_what_began_from_random_weights(tmp_path, monkeypatch, over, shares):
+def test_the_teacher_fades_and_a_model_from_scratch_has_none(tmp_path, monkeypatch, over, shares):
     asked = []
 
-    def watched(*arguments, teacher, share, **options):
-        asked.append((teacher, share))
-        return diffusion_loss(*arguments, teacher=teacher, share=share, **options)
+    def watched(*arguments, teacher, teacher_weight, **options):
+        if torch.is_grad_enabled():
+            asked.append((teacher, teacher_weight.item()))
+        return batch_loss(*arguments, teacher=teacher, teacher_weight=teacher_weight, **options)
 
-    monkeypatch.setattr(run, "diffusion_loss", watched)
+    monkeypatch.setattr(step, "batch_loss", watched)
     config = tiny_config(tmp_path, steps=4, base=tiny_base(tmp_path), distill=4.0, distill_steps=over)
     model, tokenizer = build(config)
     train(model, tokenizer, config)
@@ -163,10 +164,11 @@ def test_arms_draw_the_same_batches_times_masks_and_annealing(tmp_path):
     with opened(*tiny_diffusion(), config) as one, opened(*tiny_diffusion(shift=False, seed=5), plain) as other:
         for one.step in range(4):
             other.step = one.step
-            batch = one._batch()
-            assert all(torch.equal(ours, theirs) for ours, theirs in zip(batch[:4], other._batch()[:4], strict=True))
-            assert torch.equal(one._attention_mask(), other._attention_mask())
-            seen.append(batch[2])
+            batch, twin = one.task.draw(one.step), other.task.draw(one.step)
+            assert all(torch.equal(tensor, twin.tensors()[name]) for name, tensor in batch.tensors().items())
+            masks = [task.attention_mask(one.step, torch.float32) for task in (one.task, other.task)]
+            assert torch.equal(*masks)
+            seen.append(batch.noised)
     assert not torch.equal(seen[0], seen[1])  # and they differ from step to step
 
 
@@ -176,9 +178,10 @@ def test_a_step_minimises_the_loss_that_was_asked_for(tmp_path, times, normalize
     model, tokenizer = tiny_diffusion()
     config = tiny_config(tmp_path, times=times, normalize=normalize, eps=0.3, steps=1, log_every=1)
     with opened(model, tokenizer, config.replace(name="look")) as look:
-        tokens, noised, masked, drawn, _ = look._batch()
-        mask = look._attention_mask()
-    assert torch.equal(drawn, sample_times(4, method=times, eps=0.3, generator=seeded(0, 0, "times")))
+        batch, mask = look.task.draw(0), look.task.attention_mask(0, torch.float32)
+    tokens, noised, masked = batch.tokens, batch.noised, batch.noised == model.config.mask_token_id
+    drawn = sample_times(4, method=times, eps=0.3, generator=seeded(0, 0, "times"))
+    assert torch.equal(batch.weights, 1 / drawn[masked.nonzero()[:, 0]])
     expected = diffusion_loss(model, tokens, noised, masked, drawn, attention_mask=mask, normalize=normalize)
     assert train(model, tokenizer, config).last("loss") == pytest.approx(expected.loss.item(), rel=1e-5)
 
@@ -186,7 +189,8 @@ def test_a_step_minimises_the_loss_that_was_asked_for(tmp_path, times, normalize
 def test_the_optimizer_is_the_one_that_was_asked_for(tmp_path):
     config = tiny_config(tmp_path, weight_decay=0.3, beta2=0.9, warmup_steps=4, clip=1e-3)
     with opened(*tiny_diffusion(), config) as run:
-        matrices, vectors = run.adamw.param_groups
+        adamw = run.train_step.adamw
+        matrices, vectors = adamw.param_groups
         assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.3, 0.0)
         dims = [[weight.dim() for weight in group["params"]] for group in (matrices, vectors)]
         assert [set(group) for group in dims] == [{2}, {1}]
@@ -194,7 +198,7 @@ def test_the_optimizer_is_the_one_that_was_asked_for(tmp_path):
         run.advance()
         for group in (matrices, vectors):
             assert group["betas"] == (0.9, 0.9) and group["lr"] == learning_rate(config, 0, 12) == 3e-3 / 4
-        moments = torch.cat([state["exp_avg"].flatten() for state in run.adamw.state.values()])
+        moments = torch.cat([state["exp_avg"].flatten() for state in adamw.state.values()])
         assert moments.norm().item() == pytest.approx(0.1 * config.clip, rel=1e-2)  # a tenth of the clipped gradient
 
 
@@ -202,11 +206,11 @@ def test_the_mask_opens_as_the_run_goes_on(tmp_path):
     ahead = torch.ones(16, 16, dtype=torch.bool).triu(1)  # 120 edges
     with opened(*tiny_diffusion(), tiny_config(tmp_path, anneal_steps=6)) as run:
         for run.step in range(5):
-            mask = run._attention_mask()[0, 0]
+            mask = run.task.attention_mask(run.step, torch.float32)[0, 0]
             assert (mask[~ahead] == 0).all()
             assert (mask[ahead] == 0).double().mean() == pytest.approx(anneal_ratio(run.step, 6), abs=0.1)
         run.step = 5
-        assert anneal_ratio(5, 6) == 1 and run._attention_mask() is None
+        assert anneal_ratio(5, 6) == 1 and run.task.attention_mask(5, torch.float32) is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -223,7 +227,7 @@ def test_the_ar_objective_is_the_next_token_loss(tmp_path):
     model, tokenizer = tiny_model(vocab=320), tiny_tokenizer()
     config = tiny_config(tmp_path, objective="ar", steps=1, log_every=1)
     with opened(model, tokenizer, config.replace(name="look")) as look:
-        tokens = look._batch()[0]
+        tokens = look.task.draw(0).tokens
     own = model(tokens, labels=tokens).loss.item()
     history = train(model, tokenizer, config)
     assert history.records[0]["loss"] == pytest.approx(own, rel=1e-5)
@@ -234,7 +238,10 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(tmp_path):
     model, tokenizer = tiny_diffusion()
     before = weights(model)
     bad = model.get_input_embeddings().weight.register_hook(lambda grad: grad * float("nan"))
-    history = train(model, tokenizer, tiny_config(tmp_path, steps=2, log_every=1))
+    with opened(model, tokenizer, tiny_config(tmp_path, steps=4, log_every=1)) as run:
+        run.advance()
+        run.advance()
+        history = run.history
     bad.remove()
     assert history.last("skipped") == 2
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -266,9 +273,9 @@ def test_an_interrupted_fp16_run_keeps_its_loss_scale(tmp_path, fp16, stop):
 def test_every_block_is_seen_once_in_an_epoch(tmp_path):
     config = tiny_config(tmp_path, steps=None, epochs=2)
     with opened(*tiny_diffusion(), config) as run:
-        count = len(run.blocks)
+        count = len(run.task.train)
         assert run.total == -(-2 * count // 4)
-        first, second = ([run._block_at(e * count + i) for i in range(count)] for e in (0, 1))
+        first, second = ([run.task._block_at(e * count + i) for i in range(count)] for e in (0, 1))
     assert sorted(first) == sorted(second) == list(range(count)) and first != second
 
 
@@ -285,7 +292,6 @@ def test_learning_rate_warms_up_and_falls_to_its_end(tmp_path):
         (dict(length=100), "more than the model's 64 positions"),
         (dict(shift=False), "made with shift=True"),
         (dict(precision="fp16"), "needs CUDA"),
-        (dict(attention="flex"), "learns on CUDA only"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(tmp_path, changes, message):
@@ -368,7 +374,9 @@ def test_each_arm_has_a_loss_scale_of_its_own(tmp_path):
     arms = {name: (*tiny_diffusion(), config.replace(name=name)) for name in ("one", "other")}
     with training._opened(arms, "auto") as runs:
         assert runs["one"].accelerator is not runs["other"].accelerator
-        assert runs["one"].optimizer not in runs["other"].accelerator._optimizers  # whose gradients it would unscale
+        assert (
+            runs["one"].train_step.optimizer not in runs["other"].accelerator._optimizers
+        )  # whose gradients it would unscale
 
 
 def test_a_second_interrupt_does_not_wait_for_the_step(tmp_path):
@@ -389,3 +397,109 @@ def test_a_way_to_distribute_that_was_never_tried_is_refused(tmp_path, monkeypat
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
     with pytest.raises(ValueError, match="--fsdp_version 2"):
         train(*tiny_diffusion(), tiny_config(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------- training longer
+def test_a_finished_run_continues_with_more_steps(tmp_path):
+    config = tiny_config(tmp_path, steps=6, save_every=6)
+    short = train(*tiny_diffusion(), config)
+    longer = train(*tiny_diffusion(seed=9), config.replace(steps=12))
+    assert longer.records[-1]["step"] == 12
+    assert comparable(longer)[: len(short.records)] == comparable(short)
+    rates = dict(zip(*longer.series("lr"), strict=True))
+    assert rates[8] == learning_rate(config, 7, 12) and rates[12] == learning_rate(config, 11, 12)
+    assert json.loads((config.folder / "config.json").read_text())["total_steps"] == 12
+    with pytest.raises(ValueError, match="total_steps: 12 then, 6 now"):  # but not with fewer
+        train(*tiny_diffusion(), config)
+
+
+def test_an_unfinished_run_keeps_its_number_of_steps(tmp_path):
+    config = tiny_config(tmp_path)
+    train(*tiny_diffusion(), config, on_log=stop_after(6))
+    with pytest.raises(ValueError, match="total_steps: 12 then, 24 now"):
+        train(*tiny_diffusion(), config.replace(steps=24))
+
+
+def test_a_trained_diffusion_model_is_not_annealed_again(tmp_path):
+    config = tiny_config(tmp_path, steps=12, anneal_steps=6)
+    model, tokenizer = tiny_diffusion()
+    train(model, tokenizer, config)
+    for name, again in (("memory", (model, tokenizer)), ("disk", load_diffusion(config.folder / "best"))):
+        history = train(*again, config.replace(name=name, anneal_steps=10_000))
+        assert set(history.series("ratio")[1]) == {1.0}
+    resumed = train(*tiny_diffusion(), config.replace(name="memory", anneal_steps=10_000))  # a finished run: as it was
+    assert set(resumed.series("ratio")[1]) == {1.0}
+
+
+def test_a_half_opened_model_is_annealed(tmp_path):
+    config = tiny_config(tmp_path, steps=12, anneal_steps=24)
+    train(*tiny_diffusion(), config)
+    history = train(*load_diffusion(config.folder / "step-000012"), config.replace(name="again"))
+    assert history.series("ratio")[1][0] < 0.1
+
+
+def test_a_run_is_built_from_a_diffusion_model_as_it_is(tmp_path):
+    save_diffusion(*tiny_diffusion(), tmp_path / "diffusion")
+    model, _ = build(tiny_config(tmp_path, base=str(tmp_path / "diffusion")))
+    assert torch.equal(model.lm_head.weight, tiny_diffusion()[0].lm_head.weight)
+
+
+# ------------------------------------------------------------------------- what a run must have in common
+def test_a_run_is_not_resumed_with_another_mask_token(tmp_path):
+    def with_rows(mask_token):
+        tokenizer = tiny_tokenizer()
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<gap>", "<other>"]})
+        model = tiny_model(vocab=len(tokenizer) + 4)  # padded: no row has to be added for [MASK]
+        return as_diffusion(model, tokenizer, mask_token=mask_token)
+
+    config = tiny_config(tmp_path)
+    train(*with_rows("<gap>"), config, on_log=stop_after(6))
+    for other in ("<other>", None):
+        with pytest.raises(ValueError, match=r"mask_id: 320 then, 32\d now"):
+            train(*with_rows(other), config)
+
+
+def test_arms_with_two_tokenizers_are_refused(tmp_path):
+    config = tiny_config(tmp_path, base=tiny_base(tmp_path))
+    with pytest.raises(ValueError, match=r"arm 'other' \(base 'tiny-gpt2'\) reads the text as other tokens"):
+        train_arms({"one": config, "other": config.replace(base="tiny-gpt2")})
+
+
+def test_settings_of_accelerate_in_the_environment_change_nothing(tmp_path, monkeypatch):
+    plain = train(*tiny_diffusion(), tiny_config(tmp_path, name="plain"))
+    for name, value in {
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "ACCELERATE_DYNAMO_BACKEND": "inductor",
+        "ACCELERATE_DYNAMO_MODE": "max-autotune",
+        "ACCELERATE_SPLIT_BATCHES": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert comparable(train(*tiny_diffusion(), tiny_config(tmp_path, name="other"))) == comparable(plain)
+
+
+def test_a_device_that_accelerate_chose_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "device", torch.device("meta"))
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
+    with pytest.raises(ValueError, match=r"device='cpu', but accelerate chose meta; unset .*ACCELERATE_TORCH_DEVICE"):
+        train(*tiny_diffusion(), tiny_config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(anneal_steps=10_000), "anneal_steps=10000 is longer than the run of 12 steps: its mask will be 0% open"),
+        (dict(warmup_steps=12), "warmup_steps=12 fills the run of 12 steps"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_is_mentioned(tmp_path, capsys, changes, words):
+    train(*tiny_diffusion(), tiny_config(tmp_path, **changes))
+    assert words in capsys.readouterr().err
+
+
+def test_a_resumed_run_says_from_where(tmp_path, capsys):
+    config = tiny_config(tmp_path)
+    train(*tiny_diffusion(), config, on_log=stop_after(6))
+    assert "resuming" not in capsys.readouterr().err
+    train(*tiny_diffusion(), config)
+    assert "tiny: resuming from step 6 of 12" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from dalm_utils import backbone
+from dalm_utils.machine import describe
 
 
 def options(description: str, **numbers: int) -> argparse.Namespace:
@@ -29,7 +29,7 @@ def options(description: str, **numbers: int) -> argparse.Namespace:
 
 def machine() -> str:
     """When and on what this run is measured."""
-    return f"{datetime.date.today()}, {backbone.machine()}"
+    return f"{datetime.date.today()}, {describe()}"
 
 
 def settle() -> None:

@@ -1,4 +1,4 @@
-"""Records the runs that notebook 2 is too short for: `python -m dalm_utils.ablation`.
+"""Records the runs that notebook 2 is too short for: `python -m dalm_utils.scripts.ablation`.
 
 Each group of runs is one call of `train_arms`: the same batches, times, masks and annealing draws in every arm.
 Interrupted, the same command continues; what is done stands in notebooks/recorded/shift-<profile>.json, and is not
@@ -17,14 +17,16 @@ from pathlib import Path
 
 import numpy as np
 
-from .backbone import load_base, load_diffusion, machine
-from .checkpoint import History, write_file
-from .config import PROJECT, RunConfig, load_config
-from .corpus import Blocks, load_corpus
-from .evaluation import ar_nll, nelbo
-from .run import build
-from .sampling import generate
-from .training import train_arms
+from ..backbone import load_base, load_diffusion
+from ..checkpoint import write_file
+from ..config import PROJECT, RunConfig, load_config
+from ..corpus import Blocks, load_corpus
+from ..evaluation import ar_nll, nelbo
+from ..history import History
+from ..machine import describe
+from ..run import build
+from ..sampling import generate
+from ..training import train_arms
 
 RECORDED = PROJECT / "notebooks" / "recorded"
 PAIR = ("shift", "no-shift")
@@ -105,9 +107,9 @@ def _about(config: RunConfig) -> dict:
         score = nelbo(model, words, held_out, num_samples=config.eval_samples, precision=config.precision)
         start[name] = [round(score.mean, 4), round(score.stderr, 4)]
     return {
-        "command": f"python -m dalm_utils.ablation {config.name.removeprefix('shift-')}",
+        "command": f"python -m dalm_utils.scripts.ablation {config.name.removeprefix('shift-')}",
         "date": str(datetime.date.today()),
-        "machine": machine(),
+        "machine": describe(),
         "test": f"{TEST_BLOCKS} test blocks, {TEST_SAMPLES} masks each; the NELBO of each block, nats per token",
         "ar_nll": round(ar.mean, 4),
         "start": start,  # the NELBO before the first step and its standard error, on the blocks of the curves

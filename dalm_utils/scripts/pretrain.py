@@ -1,4 +1,4 @@
-"""Makes the small models that ship in checkpoints/base: `python -m dalm_utils.pretrain tiny-gpt2`.
+"""Makes the small models that ship in checkpoints/base: `python -m dalm_utils.scripts.pretrain tiny-gpt2`.
 
 Interrupted, the same command continues. Beside the weights stands provenance.json: what the model is,
 what it was trained on, for how long, and how well it predicts text that it has not seen.
@@ -24,15 +24,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .backbone import fuse_gelu, load_base, machine, save_diffusion
-from .checkpoint import History, write_whole
-from .config import PROJECT, RunConfig, load_config
-from .corpus import CACHE, load_corpus
-from .documents import clean_documents, digest, identify, split_of
-from .evaluation import ar_nll, nelbo
-from .hubs import BASES
-from .run import build
-from .training import train
+from ..backbone import fuse_gelu, load_base, save_diffusion
+from ..checkpoint import write_whole
+from ..config import PROJECT, RunConfig, load_config
+from ..corpus import CACHE, load_corpus
+from ..documents import clean_documents, digest, identify, split_of
+from ..evaluation import ar_nll, nelbo
+from ..history import History
+from ..hubs import BASES
+from ..machine import describe
+from ..run import build
+from ..training import train
 
 END = "<|endoftext|>"  # begins a block and separates documents, as in GPT-2
 PAD = "<pad>"  # OPT's embedding never learns its padding token, so it must be one that no text contains
@@ -136,7 +138,7 @@ def ship(config: RunConfig, shape: str | None, **extra) -> Path:
     held_out = corpus.blocks("validation", config.length)
     score = (ar_nll if config.objective == "ar" else nelbo)(model, tokenizer, held_out)
     provenance = {
-        "made_by": f"python -m dalm_utils.pretrain {config.name}",
+        "made_by": f"python -m dalm_utils.scripts.pretrain {config.name}",
         "architecture": {"class": type(model).__name__, "shape": shape, "parameters": model.num_parameters()},
         "trained_on": f"the training split of the text {config.text!r}; no other text",
         "corpus": {
@@ -144,7 +146,7 @@ def ship(config: RunConfig, shape: str | None, **extra) -> Path:
         },
         "tokens_seen": history.records[-1]["tokens"],
         "seconds": history.records[-1]["seconds"],
-        "machine": machine(),
+        "machine": describe(),
         "validation": {
             "measure": "NLL" if config.objective == "ar" else "NELBO",
             "nats_per_token": round(score.mean, 4),

@@ -1,0 +1,172 @@
+"""Everything as wide as the vocabulary, a chunk of rows at a time: logits, cross entropies and their gradients.
+
+V tokens, D hidden dimensions, M predictions. No `[M, V]` tensor of all predictions ever exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # logits held at once: what fits a CPU's cache, what keeps a GPU busy
+
+
+def chunk_rows(weight: Tensor) -> int:
+    """How many rows of logits to hold at once, for a head `[V, D]`; smaller matrix products would be slow."""
+    return max(256, CHUNK_ELEMENTS[weight.device.type] // len(weight))
+
+
+def mask_id_of(model: nn.Module) -> int | None:
+    """The id of [MASK]; None for a model that is not a diffusion model."""
+    return getattr(model.config, "mask_token_id", None)
+
+
+def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Logits `[..., V]` of hidden states `[..., D]`, in float32 or wider; [MASK] is never predicted.
+
+    The head runs in the dtype of its weights, even under autocast: an AR model's logits are around -100, where
+    bfloat16 is spaced by 0.5, and rounding there changes likelihoods and creates ties.
+    """
+    head = model.get_output_embeddings()
+    with _without_autocast(hidden):
+        logits = head(hidden.to(head.weight.dtype))
+    return _forbid(_widen(logits), mask_id_of(model))
+
+
+def weighted_nll(
+    model: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    teacher: nn.Module | None = None,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`sum_i weight_i * cross entropy_i`, a scalar with a gradient, and each token's -log p `[M]` without one, in nats.
+
+    The target at i is the token, or with a teacher `(1 - w) * token + w * softmax(teacher's logits)`.
+
+    Args:
+        hidden: `[M, D]`, the states that predict.
+        targets: `[M]` long, the tokens to predict.
+        weights: `[M]` float32. Where a weight is 0, so is the gradient.
+        teacher: a frozen causal LM with the same tokens; [MASK] may be missing in it.
+        teacher_hidden: `[M, D']`, its states that predict the same tokens.
+        teacher_weight: w, a float32 scalar in [0, 1] on the device of `hidden`.
+    """
+    head = model.get_output_embeddings()
+    needs_grad = torch.is_grad_enabled()
+    dtype = _matmul_dtype(hidden) if needs_grad else head.weight.dtype  # scores are computed as in `logits_of`
+    teaching = None if teacher is None else (teacher_hidden, teacher.get_output_embeddings(), teacher_weight)
+    with _without_autocast(hidden):
+        return _WeightedNLL.apply(
+            hidden, head.weight, head.bias, targets, weights, mask_id_of(model), dtype, needs_grad, teaching
+        )
+
+
+class _WeightedNLL(torch.autograd.Function):
+    """The gradient of a chunk, (softmax - target) * weight, is known as soon as its softmax is.
+
+    So the forward pass computes it and forgets the logits; the backward pass only scales it. This is exact, and cheaper
+    than computing the logits twice.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, weights, mask_id, dtype, needs_grad, teaching):
+        matrix = weight.to(dtype)  # [V, D]
+        rows = chunk_rows(matrix)
+        nll = torch.empty(len(hidden), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
+        loss = nll if teaching is None else torch.empty_like(nll)
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=nll.dtype) if needs_grad else None
+        grad_bias = torch.zeros_like(bias, dtype=nll.dtype) if needs_grad and bias is not None else None
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            source, target = hidden[part].to(dtype), targets[part, None]  # [m, D], [m, 1]
+            logits = _widen(F.linear(source, matrix, None if bias is None else bias.to(dtype)))  # [m, V]
+            if teaching is not None:
+                teacher_probs, teacher_weight = _teacher_probs(part, mask_id, dtype, *teaching)  # [m, V'], V' <= V
+                expected = (teacher_probs * logits[:, : teacher_probs.shape[1]]).sum(-1)  # before [MASK] becomes -inf
+            logits = _forbid(logits, mask_id)
+            log_total, target_logit = logits.logsumexp(-1, keepdim=True), logits.gather(-1, target)  # [m, 1]
+            nll[part] = (log_total - target_logit)[:, 0]
+            if teaching is not None:
+                loss[part] = nll[part] + teacher_weight * (target_logit[:, 0] - expected)
+            if needs_grad:
+                grad_logits = logits.sub_(log_total).exp_()  # softmax [m, V], minus the target:
+                if teaching is None:
+                    grad_logits.scatter_add_(-1, target, torch.full_like(log_total, -1.0))
+                else:
+                    grad_logits.scatter_add_(-1, target, (teacher_weight - 1.0).to(nll.dtype).expand_as(log_total))
+                    grad_logits[:, : teacher_probs.shape[1]].addcmul_(teacher_probs, teacher_weight, value=-1.0)
+                grad_logits = grad_logits.mul_(weights[part, None]).to(dtype)
+                grad_hidden[part] = grad_logits @ matrix
+                if dtype == grad_weight.dtype:
+                    grad_weight.addmm_(grad_logits.T, source)  # no second [V, D]
+                else:
+                    grad_weight += _head_gradient(grad_logits, source, weights[part])
+                if grad_bias is not None:
+                    grad_bias += grad_logits.sum(0, dtype=grad_bias.dtype)
+        ctx.grads = grad_hidden, grad_weight, grad_bias
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(nll)
+        return (loss * weights).sum(), nll
+
+    @staticmethod
+    def backward(ctx, grad_total, _):
+        if ctx.grads is None:
+            raise RuntimeError("this loss was differentiated before and its gradients were not kept; compute it again")
+        grads, ctx.grads = ctx.grads, None  # scaled in place: the head's gradient is as large as the head
+        grads = [None if grad is None else grad.mul_(grad_total) for grad in grads]
+        grads = [grad if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
+        return *grads, None, None, None, None, None, None
+
+
+def _head_gradient(grad_logits: Tensor, source: Tensor, weights: Tensor) -> Tensor:
+    """`grad_logits^T source`, `[V, D]`, without leaving the range of float16.
+
+    A sum over weights of 1/t can overflow float16, and the loss scale is applied too late to prevent it. No entry of a
+    row exceeds the row's weight, so scaling the source down beforehand, by a power of two, bounds the sum.
+    """
+    if grad_logits.dtype != torch.float16:
+        return grad_logits.T @ source
+    largest = weights.sum() * source.abs().amax()
+    scale = (torch.finfo(torch.float16).max / largest).clamp(max=1.0).log2().sub(1).floor().exp2()
+    return (grad_logits.T @ (source * scale)).float().div_(scale)
+
+
+def _teacher_probs(part: slice, mask_id, dtype, hidden: Tensor, head: nn.Module, weight: Tensor):
+    """The teacher's softmax for a chunk, `[m, V']` with nothing for [MASK], and its weight."""
+    bias = None if head.bias is None else head.bias.to(dtype)
+    logits = F.linear(hidden[part].to(dtype), head.weight.to(dtype), bias)
+    return _forbid(_widen(logits), mask_id).softmax(-1), weight
+
+
+def _forbid(logits: Tensor, mask_id: int | None) -> Tensor:
+    if mask_id is not None and mask_id < logits.shape[-1]:
+        logits[..., mask_id] = -torch.inf
+    return logits
+
+
+def _widen(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _matmul_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which a matrix product of this tensor would run here, under autocast or not."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if _is_autocast(kind) else tensor.dtype
+
+
+def _is_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """A context in which matrix products run in the dtype of their factors."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if _is_autocast(kind) else contextlib.nullcontext()

@@ -1,0 +1,85 @@
+"""What a run recorded: a list of dictionaries, and the file that holds it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .checkpoint import warn, write_file
+
+
+@dataclass
+class History:
+    """What a run recorded, one dictionary per logged step, kept in `history.jsonl` while it grows.
+
+    Keys: step, tokens, loss (mean since the last record), ratio, lr, grad_norm, seconds, tokens_per_second, memory
+    (GiB), eta (seconds), and on evaluated steps nelbo (nats per token), nelbo_stderr, bits_per_byte; a generated
+    text under sample. AR runs have nll instead of nelbo. A figure that was not finite is None.
+    About stability: skipped (steps so far whose gradient was not finite or a spike), spikes, largest_norm (since the
+    last record), norm_limit (a larger norm would be a spike now), saturated (fraction of the predictions), loss_scale
+    (FP16); and event, a sentence, where a run rolled back or ran out of patience.
+    """
+
+    path: Path | None = None
+    records: list[dict] = field(default_factory=list)
+    behind: bool = False  # the file lacks records, because the disk refused them
+
+    @classmethod
+    def load(cls, path: Path) -> History:
+        """Read a file back; a last line that a crash cut short is dropped."""
+        records = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        return cls(path, records)
+
+    def append(self, record: dict) -> None:
+        """Add a record, on disk too. If the disk refuses it, it is written together with the next one."""
+        self.records.append(record)
+        if self.path is None:
+            return
+        try:
+            if self.behind:
+                self.write(self.path)
+            else:
+                with self.path.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+            self.behind = False
+        except OSError as error:
+            if not self.behind:
+                warn(f"{self.path.name} could not be written ({error.strerror}); its records wait in memory")
+            self.behind = True
+
+    def write(self, path: Path) -> None:
+        """Replace the content of a file by `records`, in one move."""
+        write_file(path, "".join(json.dumps(record) + "\n" for record in self.records))
+
+    def series(self, key: str, x: str = "step") -> tuple[list, list]:
+        """The points at which `key` was recorded: ([x...], [value...])."""
+        points = [(record[x], record[key]) for record in self.records if record.get(key) is not None]
+        return [a for a, _ in points], [b for _, b in points]
+
+    def last(self, key: str):
+        """The newest value of `key`, or None."""
+        return next((r[key] for r in reversed(self.records) if r.get(key) is not None), None)
+
+    def window(self, key: str, first: int, last: int) -> float:
+        """The mean of `key` over records with first <= step < last; steadier than any single value."""
+        values = [r[key] for r in self.records if first <= r["step"] < last and r.get(key) is not None]
+        if not values:
+            raise ValueError(f"no record of {key!r} with {first} <= step < {last}")
+        return sum(values) / len(values)
+
+    def tokens_until(self, key: str, value: float) -> float | None:
+        """The tokens after which `key` first fell to `value`, on straight lines between records; None: it never did."""
+        tokens, values = self.series(key, "tokens")
+        for i, reached in enumerate(values):
+            if reached <= value:
+                if i == 0:
+                    return float(tokens[0])
+                share = (values[i - 1] - value) / (values[i - 1] - reached)
+                return tokens[i - 1] + share * (tokens[i] - tokens[i - 1])
+        return None

@@ -1,0 +1,157 @@
+"""What exists only because there may be several processes: gathering, agreeing, sharding."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin, broadcast_object_list
+from safetensors.torch import load_file, load_model
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
+
+from .config import RunConfig
+from .machine import pick_device, pick_precision
+
+FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the same file from one process and from many
+KINDS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """An accelerator for one run, with nothing that its config does not say.
+
+    accelerate reads settings from the environment, too (ACCELERATE_*, set by hand or by a launcher's defaults). What
+    changes the curve is given here, so that it does not apply.
+
+    Raises:
+        ValueError: a way to distribute that is not supported, a tracker that is not installed, or a device that the
+            environment chose instead of the config.
+        RuntimeError: CUDA is asked for and missing.
+    """
+    device = pick_device(config.device)
+    precision = {"fp32": "no"}.get(name := pick_precision(config.precision, device), name)
+    if AcceleratorState._shared_state:  # an earlier call in this process may have asked for another machine
+        state = AcceleratorState()
+        if (state.mixed_precision, state.device.type) != (precision, device.type):
+            AcceleratorState._reset_state(reset_partial_state=state.num_processes == 1)
+    trackers = [name.strip() for name in config.trackers.split(",") if name.strip()]
+    available = [tracker.value for tracker in get_available_trackers()]
+    for name in trackers:
+        if name not in available:
+            raise ValueError(f"the tracker {name!r} is not installed here (pip install {name}); there are: {available}")
+    accelerator = Accelerator(
+        mixed_precision=precision, cpu=device.type == "cpu", log_with=trackers or None, project_dir=config.folder,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1), dynamo_backend="no",
+    )  # fmt: skip
+    if accelerator.device.type != device.type:
+        chosen = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+        raise ValueError(
+            f"the config says device={device.type!r}, but accelerate chose {accelerator.device}; unset what says so in "
+            f"the environment: {chosen}"
+        )
+    kind = accelerator.distributed_type
+    if kind not in KINDS or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
+        raise ValueError(
+            f"training under {kind.value} is not supported; launch with --multi_gpu, or --use_fsdp --fsdp_version 2"
+        )
+    if is_sharded(accelerator):
+        _configure_fsdp(accelerator.state.fsdp_plugin)
+    return accelerator
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether the weights are spread over the processes by FSDP."""
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def casting(accelerator: Accelerator, *, cache: bool = True) -> AutocastKwargs:
+    """How autocast keeps weights that it has cast. Under FSDP it must not: it would keep whole matrices of shards."""
+    return AutocastKwargs(cache_enabled=cache and not is_sharded(accelerator))
+
+
+def on_main(accelerator: Accelerator, do: Callable):
+    """Do something on the main process alone; every process gets its result, or its error."""
+    outcome: list = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = do()
+        except Exception as error:
+            if accelerator.num_processes == 1:
+                raise
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether the flag is set on any process; all of them must ask."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)) > 0)
+
+
+# ------------------------------------------------------------------------------------------------ sharding
+@contextlib.contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Use the wrapped model outside of a training step: FSDP gathers the weights that lie in no block."""
+    if isinstance(module, FSDPModule):
+        module.unshard()
+    yield
+    if isinstance(module, FSDPModule):
+        module.reshard()
+
+
+def full_weights(module: nn.Module, tied: list[str]) -> dict | None:
+    """The state dict of the model inside `module`, gathered from all processes; None where it is whole everywhere.
+
+    Args:
+        tied: names of weights that are stored under another name, and left out.
+    """
+    if not isinstance(module, FSDPModule):
+        return None
+    weights = get_model_state_dict(module, options=FULL_STATE)
+    left_out = {f"model.{name}" for name in tied}
+    return {name.removeprefix("model."): weights[name] for name in weights.keys() - left_out}
+
+
+def load_weights(module: nn.Module, model: nn.Module, file: Path) -> None:
+    """Load a .safetensors file into the model inside `module`, in place."""
+    if isinstance(module, FSDPModule):
+        weights = {f"model.{name}": weight for name, weight in load_file(file).items()}
+        set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True, strict=False))
+    else:
+        load_model(model, file)
+
+
+def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """The optimizer's whole state on the CPU."""
+    return get_optimizer_state_dict(module, optimizer, options=FULL_STATE)
+
+
+def load_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, file: Path) -> None:
+    """Load what `optimizer_state` returned and torch.save wrote. Never executes what the file holds."""
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    set_optimizer_state_dict(module, optimizer, state, options=FULL_STATE)
+
+
+def _configure_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Every process has loaded the weights: from empty ones, as accelerate would start, the head would lose its tie to
+    the embeddings. And FSDP casts nothing: autocast does, as on one process, and losses, times and sums stay in FP32.
+    """
+    plugin.cpu_ram_efficient_loading = False
+    plugin.mixed_precision_policy = None

@@ -1,0 +1,1 @@
+"""Commands for those who make what ships: the bases, the recorded ablation, the stored notebooks."""

@@ -1,0 +1,206 @@
+"""One training step of one model: times -> corrupt -> mask -> loss -> backward -> AdamW.
+
+The step is one function, `TrainStep.compute`. It runs eagerly, on one process or many, or is replayed as a CUDA graph.
+Everything random in it is a function of (seed, step).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator, DistributedType
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from .config import RunConfig
+from .cuda_graph import ReplayedStep
+from .machine import DTYPES, send
+from .objective import Batch, batch_loss, seeded
+from .processes import casting, is_sharded
+from .stability import SATURATED, Watch, saturation
+from .tasks import Task
+
+
+class Loss(nn.Module):
+    """The loss as a module, so that accelerate's wrappers (DDP, FSDP) see one forward pass."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+        self._no_split_modules = model._no_split_modules  # what FSDP shards one by one
+
+    def forward(self, batch: Batch, attention_mask, teacher, teacher_weight) -> tuple[Tensor, Tensor, Tensor]:
+        """What is minimized, its part without a teacher, and the number of saturated predictions."""
+        loss = batch_loss(self.model, batch, attention_mask, teacher=teacher, teacher_weight=teacher_weight)
+        return loss.loss, loss.nll, ((loss.token_nll > SATURATED) & (batch.weights > 0)).sum()
+
+
+class TrainStep:
+    """Takes optimizer steps on a model, in place.
+
+    Attributes:
+        watch: judges the steps, and counts skipped ones.
+        loss: the sum over the window's steps of the NLL that a record shows, on the device.
+    """
+
+    def __init__(
+        self, task: Task, config: RunConfig, accelerator: Accelerator, precision: str, teacher: PreTrainedModel | None
+    ):
+        self.task, self.config, self.accelerator, self.teacher = task, config, accelerator, teacher
+        self.model, self.device = task.model, accelerator.device
+        self.dtype = DTYPES[precision]  # of matrix products, and so of attention masks
+        _set_dropout(self.model, config.dropout)
+        if config.gradient_checkpointing:
+            self.model.activation_checkpointing_enable()
+        if config.compile:
+            for block in _transformer_blocks(self.model):
+                block.compile()
+        reason = _why_eager(config, accelerator)
+        self.replayed = None if reason else ReplayedStep(self.compute, self._recover, self.device)
+        if reason and self.device.type == "cuda" and accelerator.is_main_process:
+            print(f"steps run one kernel at a time, without a CUDA graph: {reason}", file=sys.stderr)
+
+        module = Loss(self.model if is_sharded(accelerator) else self.model.to(self.device))
+        self.adamw = _adamw(self.model, config, capturable=self.device if self.replayed else None)
+        self._own_settings = [
+            {key: group[key] for key in ("lr", "fused", "capturable")} for group in self.adamw.param_groups
+        ]
+        self.adamw.register_step_pre_hook(self._skip_if_unusable)
+        self.module, self.optimizer = accelerator.prepare(module, self.adamw)
+        self.watch = Watch(config.spike, config.max_skips, self.device)
+        zeros = torch.zeros(4, device=self.device)
+        self.loss, self.norm, self.unusable, self.teacher_weight = zeros.unbind()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)  # of an earlier run in this process
+
+    def __call__(self, step: int, learning_rate: float, teacher_weight: float) -> Tensor:
+        """Take step `step` (from 0); returns its gradient norm, a scalar on the device, without waiting for it.
+
+        Args:
+            teacher_weight: of the teacher's prediction in the target, in [0, 1].
+        """
+        batch = self.task.draw(step)  # the tokens of all processes, their times, and which of them are masked
+        mask = self.task.attention_mask(step, self.dtype)  # [1, 1, L, L], or None once it is open
+        self._set_learning_rate(learning_rate)
+        self.teacher_weight.fill_(teacher_weight)
+        self.watch.count(0, batch.count)
+        torch.manual_seed(seeded(self.config.seed, step, f"dropout {self.accelerator.process_index}").initial_seed())
+        self.module.train()
+        self._run(list(self._local_parts(batch)), mask, taught=teacher_weight > 0)
+        return self.norm
+
+    def compute(self, parts: list[Batch], mask: Tensor | None, taught: bool) -> None:
+        """What the device does in a step. Nothing here waits for it, or depends on values that it computes."""
+        for index, batch in enumerate(parts):
+            is_last = index == len(parts) - 1
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.module):
+                with self.accelerator.autocast(casting(self.accelerator, cache=self.replayed is None)):
+                    loss, nll, saturated = self.module(
+                        batch, mask, self.teacher if taught else None, self.teacher_weight
+                    )
+                self.accelerator.backward(loss * self.accelerator.num_processes)  # processes average their gradients
+            self.loss.add_(nll * self.accelerator.num_processes)
+            self.watch.count(saturated, 0)
+        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.config.clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.unusable.copy_(self.watch.judge(norm))
+        self.norm.copy_(norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def trouble_ahead(self, step: int) -> str | None:
+        """What is wrong with the weights as they are, if anything: judged by the forward pass of step `step`."""
+        batch, mask = self.task.draw(step), self.task.attention_mask(step, self.dtype)
+        part = next(self._local_parts(batch)).map(self._send)
+        self.module.eval()
+        with self.accelerator.autocast(casting(self.accelerator)):
+            loss, _, saturated = self.module(part, None if mask is None else self._send(mask), None, None)
+        counts = torch.stack([loss, saturated.float(), torch.full_like(loss, part.count)])
+        loss, saturated, predictions = self.accelerator.reduce(counts, "sum").tolist()
+        return saturation(saturated / max(predictions, 1)) if math.isfinite(loss) else "the loss is not finite"
+
+    def reset(self) -> None:
+        """Start over with a new watch, after weights or optimizer state were loaded."""
+        config = self.config
+        self.watch = Watch(config.spike, config.max_skips, self.device)
+        self.loss.zero_()
+        self.optimizer.zero_grad()
+        for group, fresh in zip(self.adamw.param_groups, self._own_settings, strict=True):
+            group.update(fresh)  # a checkpoint brings those of the machine it was written on
+        if self.replayed is not None:
+            self.replayed.reset()
+
+    # -- what the step above is made of ------------------------------------------------------------------
+    def _run(self, parts: list[Batch], mask: Tensor | None, taught: bool) -> None:
+        """`compute` on host tensors: as a CUDA graph, unless a rare batch has more places than its fixed shape."""
+        capacity = self.task.capacity(self.config.batch)
+        if self.replayed is not None and all(part.count <= capacity for part in parts):
+            self.replayed([part.padded(capacity) for part in parts], mask, taught)
+        else:
+            self.compute([part.map(self._send) for part in parts], None if mask is None else self._send(mask), taught)
+
+    def _local_parts(self, batch: Batch) -> Iterator[Batch]:
+        """This process's rows of each forward pass: over all processes and passes, each row of the batch once."""
+        size, accelerator = self.config.batch, self.accelerator
+        for part in range(self.config.accumulate):
+            start = (part * accelerator.num_processes + accelerator.process_index) * size
+            yield batch.rows(start, start + size)
+
+    def _send(self, tensor: Tensor) -> Tensor:
+        return send(tensor, self.device)
+
+    def _set_learning_rate(self, rate: float) -> None:
+        for group in self.adamw.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)  # where a captured step reads it
+            else:
+                group["lr"] = rate
+
+    def _skip_if_unusable(self, adamw: torch.optim.Optimizer, *_) -> None:
+        """Tell the fused kernel what the FP16 scaler tells it about a step that overflowed: change nothing."""
+        adamw.found_inf = self.unusable
+
+    def _recover(self) -> None:
+        """Undo a step that was abandoned halfway."""
+        self.optimizer.zero_grad()
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler._per_optimizer_states.clear()  # else it counts the gradients as unscaled already
+
+
+def _why_eager(config: RunConfig, accelerator: Accelerator) -> str | None:
+    """Why steps are not replayed as a CUDA graph, or None if they are."""
+    if accelerator.device.type != "cuda":
+        return f"the device is {accelerator.device.type}"
+    if accelerator.distributed_type != DistributedType.NO:
+        return f"the run is distributed ({accelerator.distributed_type.value})"
+    if config.gradient_checkpointing:
+        return "gradient_checkpointing is on"
+    return None if config.cuda_graph else "cuda_graph is off"
+
+
+def _adamw(model: nn.Module, config: RunConfig, capturable: torch.device | None) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    rate = torch.tensor(config.learning_rate, device=capturable) if capturable else config.learning_rate
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, config.beta2), fused=True, capturable=capturable is not None)
+
+
+def _set_dropout(model: nn.Module, rate: float) -> None:
+    """Dropout everywhere at one rate, whatever the checkpoint's config says."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+        for name in ("dropout", "attention_dropout"):  # OPT and Llama keep a number
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, rate)
+
+
+def _transformer_blocks(model: nn.Module) -> nn.ModuleList:
+    return max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
