@@ -9,7 +9,21 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parents[1]  # relative paths in a config start here
+
+def _project() -> Path:
+    """The checkout that holds this package; the working directory where the package is installed without one."""
+    parent = Path(__file__).resolve().parents[1]
+    pyproject = parent / "pyproject.toml"
+    is_checkout = pyproject.is_file() and b'name = "dalm_utils"' in pyproject.read_bytes()
+    return parent if is_checkout else Path.cwd()
+
+
+PROJECT = _project()  # relative paths in a config start here
+
+
+def cache_folder() -> Path:
+    """Where prepared texts are kept: `DALM_CACHE` if it is set, else data/cache of the project."""
+    return PROJECT / (os.environ.get("DALM_CACHE") or "data/cache")
 
 
 @dataclass(frozen=True)
@@ -18,7 +32,7 @@ class RunConfig:
 
     # what and where
     name: str = "run"  # the run's folder is <runs>/<name>
-    runs: str = "checkpoints/runs"  # where runs are kept, from the project's root
+    runs: str = "checkpoints/runs"  # where runs are kept; a relative path starts at `PROJECT`
     base: str = "tiny-gpt2"  # a folder in checkpoints/base, any local folder, or a hub id
     hub: str = "auto"  # auto, huggingface, modelscope or local
     text: str = "docstrings"  # docstrings, mathematics, arxiv, a .jsonl or .parquet file, or a folder of text files
@@ -110,6 +124,8 @@ class RunConfig:
             raise ValueError(f"final_lr must be in [0, 1], got {self.final_lr}")
         if self.eps == 0:
             raise ValueError("eps must be above 0: the loss divides by t, and t is drawn from [eps, 1]")
+        if not self.runs:
+            raise ValueError("runs must name a folder, got ''")
         if self.length < 2:
             raise ValueError(f"length must be at least 2 (a begin token and one more), got {self.length}")
         for name, choices in CHOICES.items():
@@ -204,6 +220,9 @@ PROFILES: dict[str, dict[str, dict]] = {
 }  # fmt: skip
 
 
+NOT_FIELDS = ("DALM_PROFILE", "DALM_CACHE")  # variables that set something other than a field of RunConfig
+
+
 def load_config(notebook: str, profile: str | None = None, **overrides) -> RunConfig:
     """The settings of one notebook: its profile, then `DALM_<FIELD>` from the environment, then `overrides`.
 
@@ -215,16 +234,17 @@ def load_config(notebook: str, profile: str | None = None, **overrides) -> RunCo
     Raises:
         ValueError: an unknown notebook, profile or field (the nearest name is suggested), or a bad value.
     """
-    profile = profile or os.environ.get("DALM_PROFILE", "laptop")
+    profile = profile or os.environ.get("DALM_PROFILE") or "laptop"
     fields = {"name": f"{notebook}-{profile}"} | _pick(_pick(PROFILES, notebook, "notebook"), profile, "profile")
     check_names(overrides)
     return RunConfig(**{**fields, **_from_environment(), **overrides})
 
 
 def _from_environment() -> dict:
+    """The fields of `RunConfig` that `DALM_<FIELD>` sets; an empty variable counts as unset."""
     found = {}
     for variable, text in os.environ.items():
-        if variable.startswith("DALM_") and variable != "DALM_PROFILE":
+        if variable.startswith("DALM_") and variable not in NOT_FIELDS and text:
             name = variable.removeprefix("DALM_").lower()
             check_names({name: text}, origin=f" (from the environment variable {variable})")
             found[name] = parse_field(name, text)

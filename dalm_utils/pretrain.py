@@ -26,8 +26,8 @@ from transformers import (
 
 from .backbone import fuse_gelu, load_base, machine, save_diffusion
 from .checkpoint import History, write_whole
-from .config import PROJECT, RunConfig, load_config
-from .corpus import CACHE, load_corpus
+from .config import PROJECT, RunConfig, cache_folder, load_config
+from .corpus import load_corpus
 from .documents import clean_documents, digest, identify, split_of
 from .evaluation import ar_nll, nelbo
 from .hubs import BASES
@@ -68,7 +68,7 @@ LONG = dict(  # the base teaches first and then no more: it cannot see to the ri
 
 def train_tokenizer(vocab: int, text: str, special: tuple[str, ...]) -> PreTrainedTokenizerFast:
     """A byte-level BPE trained on the training split of a text as it is now; made once and kept beside the texts."""
-    folder = CACHE / f"tokenizer-{digest(json.dumps([vocab, special, identify(text, 'text')]))[:12]}"
+    folder = cache_folder() / f"tokenizer-{digest(json.dumps([vocab, special, identify(text, 'text')]))[:12]}"
     if not folder.exists():
         bpe = tokenizers.ByteLevelBPETokenizer()
         texts = (document for document in clean_documents(text) if split_of(document) == "train")
