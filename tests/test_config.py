@@ -41,7 +41,7 @@ def test_the_cache_is_where_the_environment_says(monkeypatch):
 
 @pytest.mark.parametrize("variable", ["DALM_RUNS", "DALM_CACHE", "DALM_PROFILE", "DALM_STEPS"])
 def test_an_empty_variable_counts_as_unset(monkeypatch, variable):
-    monkeypatch.delenv("DALM_CACHE")
+    monkeypatch.delenv(variable, raising=False)
     unset = load_config("gpt2"), cache_folder()
     monkeypatch.setenv(variable, "")
     assert (load_config("gpt2"), cache_folder()) == unset
