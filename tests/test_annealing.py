@@ -79,6 +79,7 @@ def test_hashed_edges_are_open_as_often_and_as_independently_as_drawn_ones(ratio
                 assert pair < 5 / one.numel() ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt2"])
 @torch.no_grad()
 def test_flex_attention_under_the_block_mask_equals_the_dense_one(family):
