@@ -10,7 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -190,7 +190,7 @@ def _pack(backend: Tokenizer, begin: int, dtype: type, batch: list[tuple[str, st
 
 def _in_order(pool: ThreadPoolExecutor, work: Callable, batches: Iterable[list]) -> Iterator[tuple[list, list]]:
     """Each batch with what `work` makes of it, in order; no more than two for each thread are ever held."""
-    pending = deque()
+    pending: deque[tuple[list, Future]] = deque()
     for batch in batches:
         pending.append((batch, pool.submit(work, batch)))
         if len(pending) == 2 * THREADS:

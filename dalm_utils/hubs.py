@@ -79,7 +79,8 @@ def _from_huggingface(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HTTPError  # of its HTTP client; no OSError
 
     def list_files() -> list[str]:
-        return [file.rfilename for file in HfApi().model_info(name, revision=revision, timeout=PATIENCE).siblings]
+        files = HfApi().model_info(name, revision=revision, timeout=PATIENCE).siblings or []
+        return [file.rfilename for file in files]
 
     def touch(file: str) -> None:
         get_hf_file_metadata(hf_hub_url(name, file, revision=revision), timeout=PATIENCE)
