@@ -1,35 +1,49 @@
-# make run   notebook 1, top to bottom, on the embedded default (minutes, no network, no GPU)
-# make test  lint, unit tests, and the notebooks' outputs checked against the stored ones
+# make run     run notebook 1 from top to bottom (minutes; needs no network and no GPU)
+# make check   lint, types and the fast tests: two minutes
+# make test    everything: also the slow tests, and the notebooks' outputs compared with the stored ones
+# make setup   only the virtual environment, with the package installed in it so that edits take effect
 
 PYTHON ?= python3
 BIN := .venv/bin
-NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+# how many tests run at a time, each with one thread
+JOBS ?= 2
 
-.PHONY: run test setup clean
+# Threads that wait for each other spin for a moment only; dalm_utils/__init__.py says why.
+export GOMP_SPINCOUNT ?= 1000
+
+# Tests know nothing of the user's settings, and their runs lie in a folder of their own.
+CLEAN = runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && trap 'exit 130' INT TERM && \
+	unset $$(env | sed -n 's/^\(DALM_[A-Z0-9_]*\)=.*/\1/p') && export DALM_RUNS="$$runs" OMP_NUM_THREADS=1
+PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --maxschedchunk 1
+
+.PHONY: run check test lint setup clean
 .DELETE_ON_ERROR:
 
 run: setup
 	@$(BIN)/python -m dalm_utils notebook notebooks/01_gpt2_full_training.ipynb
 
-# Runs of the tests live in a folder of their own, with the settings of the stored notebooks: they neither continue nor
-# disturb the user's. The stored figures are a CPU's, and are compared with a CPU's.
-test: setup
+check: lint
+	@$(CLEAN) && set -x && $(PYTEST) -m "not slow" tests
+
+# The longest come first, so that no core is left idle at the end.
+test: lint
+	@$(CLEAN) && set -x && $(PYTEST) tests/check_notebooks.py tests
+
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && trap 'exit 130' INT TERM && \
-	unset $$(env | sed -n 's/^\(DALM_[A-Z0-9_]*\)=.*/\1/p') && export DALM_RUNS="$$runs" && set -x && \
-	$(BIN)/python -m pytest tests && \
-	DALM_DEVICE=cpu $(BIN)/python -m pytest -p tests.nbval_tolerance --nbval --nbval-current-env $(NOTEBOOKS)
+	$(BIN)/mypy dalm_utils
 
 setup: .venv/ready
 
-.venv/ready: requirements.txt
+.venv/ready: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	{ echo "Python 3.11 or newer is needed, and '$(PYTHON)' is not; name one: make PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PYTHON) -m venv .venv || \
 	{ echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
 clean:
-	rm -rf .venv data/cache .pytest_cache .ruff_cache
+	rm -rf .venv build *.egg-info data/cache .pytest_cache .ruff_cache .mypy_cache

@@ -11,7 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-PROJECT = Path(__file__).resolve().parents[1]  # relative paths in a config start here
+
+def _project() -> Path:
+    """The checkout that holds this package; the working directory where the package is installed without one."""
+    parent = Path(__file__).resolve().parents[1]
+    pyproject = parent / "pyproject.toml"
+    is_checkout = pyproject.is_file() and b'name = "dalm_utils"' in pyproject.read_bytes()
+    return parent if is_checkout else Path.cwd()
+
+
+PROJECT = _project()  # relative paths in a config start here
+
+
+def cache_folder() -> Path:
+    """Where prepared texts are kept: `DALM_CACHE` if it is set, else data/cache of the project."""
+    return PROJECT / (os.environ.get("DALM_CACHE") or "data/cache")
 
 
 @dataclass(frozen=True)
@@ -115,6 +129,8 @@ class RunConfig:
             raise ValueError(f"final_lr must be in [0, 1], got {self.final_lr}")
         if self.eps == 0:
             raise ValueError("eps must be above 0: the loss divides by t, and t is drawn from [eps, 1]")
+        if not self.runs:
+            raise ValueError("runs must name a folder, got ''")
         if self.length < 2:
             raise ValueError(f"length must be at least 2 (a begin token and one more), got {self.length}")
         if self.name in ("", ".", "..") or any(sign in self.name for sign in ("/", "\\", "\0")):
@@ -202,6 +218,9 @@ PROFILES: dict[str, dict[str, dict]] = {
 }  # fmt: skip
 
 
+NOT_FIELDS = ("DALM_PROFILE", "DALM_CACHE")  # variables that set something other than a field of RunConfig
+
+
 def load_config(recipe: str = "", profile: str | None = None, *, notebook: str = "", **overrides) -> RunConfig:
     """The settings of a recipe: its profile, then `DALM_<FIELD>` from the environment, then `overrides`.
 
@@ -222,9 +241,10 @@ def load_config(recipe: str = "", profile: str | None = None, *, notebook: str =
 
 
 def _from_environment() -> dict:
+    """The fields of `RunConfig` that `DALM_<FIELD>` sets; an empty variable counts as unset."""
     found = {}
     for variable, text in os.environ.items():
-        if variable.startswith("DALM_") and variable != "DALM_PROFILE":
+        if variable.startswith("DALM_") and variable not in NOT_FIELDS and text:
             name = variable.removeprefix("DALM_").lower()
             check_names({name: text}, origin=f" (from the environment variable {variable})")
             found[name] = parse_field(name, text)

@@ -10,7 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,11 +25,10 @@ from transformers import PreTrainedTokenizerBase
 
 from .backbone import begin_id, plain_backend, tokenizer_digest
 from .checkpoint import write_whole
-from .config import PROJECT
+from .config import cache_folder
 from .documents import HELD_OUT, SPLITS, Skips, clean_documents, digest, identify, short_name, size_of, split_of
 
 VERSION = 2  # of this file's output: raise it when a change alters what is written
-CACHE = PROJECT / "data" / "cache"
 BATCH = 2**18  # characters that are tokenised together: enough to keep every core busy, and 30 MB while it lasts
 THREADS = min(16, os.cpu_count() or 1)
 
@@ -91,8 +90,12 @@ class Corpus:
 
 
 # ---------------------------------------------------------------------------------------------- prepare
-def load_corpus(source: str, tokenizer: PreTrainedTokenizerBase, *, field: str = "text", cache: Path = CACHE) -> Corpus:
+def load_corpus(
+    source: str, tokenizer: PreTrainedTokenizerBase, *, field: str = "text", cache: str | Path | None = None
+) -> Corpus:
     """The tokenised text of a source (see `documents`): from the cache if it is there, else made and put there whole.
+
+    The cache is the folder `cache`; None means `DALM_CACHE` from the environment, else data/cache of the project.
 
     Every document ends with the begin token, which thus separates documents as well. Of two processes that want
     the same text at once, one makes it and the other waits. A killed one leaves an unfinished folder, which the
@@ -104,9 +107,10 @@ def load_corpus(source: str, tokenizer: PreTrainedTokenizerBase, *, field: str =
     """
     facts = {"version": VERSION, "source": identify(source, field), "tokenizer": tokenizer_digest(tokenizer)}
     facts["fingerprint"] = digest(json.dumps(facts, sort_keys=True))[:12]
-    folder = Path(cache) / f"{short_name(source)}-{facts['fingerprint']}"
+    cache = Path(cache or cache_folder())
+    folder = cache / f"{short_name(source)}-{facts['fingerprint']}"
     if not _is_whole(folder):
-        Path(cache).mkdir(parents=True, exist_ok=True)
+        cache.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
             if not _is_whole(folder):  # another process may have made it meanwhile
                 write_whole(folder, lambda place: _write(place, source, field, tokenizer, facts))
@@ -186,7 +190,7 @@ def _pack(backend: Tokenizer, begin: int, dtype: type, batch: list[tuple[str, st
 
 def _in_order(pool: ThreadPoolExecutor, work: Callable, batches: Iterable[list]) -> Iterator[tuple[list, list]]:
     """Each batch with what `work` makes of it, in order; no more than two for each thread are ever held."""
-    pending = deque()
+    pending: deque[tuple[list, Future]] = deque()
     for batch in batches:
         pending.append((batch, pool.submit(work, batch)))
         if len(pending) == 2 * THREADS:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -98,7 +99,7 @@ def documents(source: str, field: str = "text", skips: Skips | None = None) -> I
             skips.add(place, str(error))
 
 
-def _open(source: str, field: str) -> tuple[Iterator[tuple[str, int, object]], Callable[[object], str]]:
+def _open(source: str, field: str) -> tuple[Iterator[tuple[str, int, Any]], Callable[[Any], str]]:
     """Its records as (place, bytes, raw), and what makes a text of a raw one."""
     wanted = arxiv.ArxivSet.parse(source)
     if wanted:
@@ -217,7 +218,8 @@ def _text_of(record: object, field: str) -> str:
 
 def docstrings(packages: Iterable[str]) -> Iterator[str]:
     """Every docstring of these installed packages, in the order of their files; tests left out."""
-    roots = [Path(importlib.util.find_spec(package).origin).parent for package in packages]
+    specs = map(importlib.util.find_spec, packages)
+    roots = [Path(spec.origin).parent for spec in specs]  # type: ignore[union-attr, arg-type]  # they are installed
     files = [f for root in roots for f in sorted(root.rglob("*.py")) if "tests" not in f.relative_to(root).parts]
     with ProcessPoolExecutor(min(4, os.cpu_count() or 1), initializer=_end_with_parent) as pool:
         for found in tqdm(pool.map(_docstrings_of, files, chunksize=32), "reading docstrings", len(files), leave=False):

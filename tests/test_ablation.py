@@ -3,8 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from dalm_utils import ablation, load_config
+from dalm_utils import load_config
 from dalm_utils.history import History
+from dalm_utils.scripts import ablation
 from tests.helpers import tiny_config, tiny_model, tiny_tokenizer
 
 
@@ -15,12 +16,13 @@ def config(tmp_path):
     return tiny_config(tmp_path, name="shift-tiny", base=str(tmp_path / "base"), steps=None)
 
 
+@pytest.mark.slow
 def test_a_plan_is_recorded_group_by_group_and_continued(tmp_path, config, monkeypatch):
     monkeypatch.setattr(ablation, "TEST_BLOCKS", 2)
     path = tmp_path / "recorded" / "shift-tiny.json"
     ablation.record(config, [(ablation.SQUARE, 12, 0)], path)
     first = json.loads(path.read_text())
-    assert first["command"] == "python -m dalm_utils.ablation tiny" and first["ar_nll"] > 0
+    assert first["command"] == "python -m dalm_utils.scripts.ablation tiny" and first["ar_nll"] > 0
     assert set(first["start"]) == set(ablation.PAIR) and all(run["sample"] for run in first["runs"])
     assert [run["arm"] for run in first["runs"]] == list(ablation.SQUARE)
     assert all(len(run["per_block"]) == 2 and run["tokens"] == 12 * 4 * 16 for run in first["runs"])

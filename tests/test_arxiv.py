@@ -82,6 +82,7 @@ def test_from_modelscope_shard_by_shard(tmp_path, shards, monkeypatch):
     assert asked == [("some/set", "master", [f"section/train-0000{n}-of-00015.parquet"]) for n in range(3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hub, others", [("huggingface", "arxiv@modelscope"), ("modelscope", "arxiv@huggingface")])
 def test_a_hub_that_stalls_is_given_up_within_seconds(tmp_path, hub, others):
     """A server that takes connections and never answers; `run` kills and raises past its timeout."""

@@ -1,7 +1,7 @@
 import pytest
 
 from dalm_utils import RunConfig, load_config
-from dalm_utils.config import PROFILES, PROJECT
+from dalm_utils.config import PROFILES, PROJECT, cache_folder
 
 
 def test_every_profile_makes_a_config():
@@ -31,6 +31,22 @@ def test_paths_start_at_the_project():
     assert str(RunConfig(name="x", runs="/elsewhere").folder) == "/elsewhere/x"
 
 
+def test_the_cache_is_where_the_environment_says(monkeypatch):
+    monkeypatch.setenv("DALM_CACHE", "/elsewhere")
+    assert str(cache_folder()) == "/elsewhere"
+    load_config("gpt2", "laptop")  # the variable is no field of RunConfig, and no mistake either
+    monkeypatch.delenv("DALM_CACHE")
+    assert cache_folder() == PROJECT / "data" / "cache"
+
+
+@pytest.mark.parametrize("variable", ["DALM_RUNS", "DALM_CACHE", "DALM_PROFILE", "DALM_STEPS"])
+def test_an_empty_variable_counts_as_unset(monkeypatch, variable):
+    monkeypatch.delenv(variable, raising=False)
+    unset = load_config("gpt2"), cache_folder()
+    monkeypatch.setenv(variable, "")
+    assert (load_config("gpt2"), cache_folder()) == unset
+
+
 @pytest.mark.parametrize(
     "bad, message",
     [
@@ -41,6 +57,7 @@ def test_paths_start_at_the_project():
         (dict(steps=0), "steps must be at least 1"),
         (dict(anneal_steps=0), "anneal_steps must be positive"),
         (dict(batch="8"), "batch must be of type int, got '8'"),
+        (dict(runs=""), "runs must name a folder"),
         (dict(shift=1), "shift must be of type bool"),
         (dict(batch=True), "batch must be of type int"),
         (dict(normalize="tokens"), "normalize must be one of maskable, masked"),

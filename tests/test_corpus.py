@@ -206,6 +206,7 @@ def slow(tmp_path):
         process.communicate()
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_begins_again_cleanly(tmp_path, slow):
     source, process = slow(tmp_path / "cache", pause=0.5)
     process.kill()
@@ -218,6 +219,7 @@ def test_a_killed_preparation_begins_again_cleanly(tmp_path, slow):
     assert made.facts["digest"] == undisturbed.facts["digest"]
 
 
+@pytest.mark.slow
 def test_a_second_process_waits_for_the_first_and_takes_what_it_made(tmp_path, slow, monkeypatch, capsys):
     source, process = slow(tmp_path / "cache", pause=0.01)
     monkeypatch.setattr(corpus, "_write", None)

@@ -168,6 +168,7 @@ def test_a_split_depends_on_the_words_alone():
     assert dict(zip(*shares, strict=True))["train"] == pytest.approx(0.96 * 4000, rel=0.02)
 
 
+@pytest.mark.slow
 def test_docstrings_are_many_and_no_two_alike():
     """The real corpus, from the packages installed here."""
     texts = module.clean_documents("docstrings")
@@ -178,6 +179,7 @@ def test_docstrings_are_many_and_no_two_alike():
     assert any("Parameters\n----------" in text for text in texts)
 
 
+@pytest.mark.slow
 def test_processes_that_read_docstrings_end_with_the_one_that_was_killed():
     code = "import time; from dalm_utils.documents import docstrings\n"
     code += "for text in docstrings(['networkx']): print('begun', flush=True); time.sleep(60)"

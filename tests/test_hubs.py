@@ -273,6 +273,7 @@ def test_without_a_network(source, here):
     assert "refused" in message and ("checkpoints/base/tiny/model" in message) == (source == "auto")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny/mute", "tiny/half"])
 @pytest.mark.parametrize("source", HUBS)
 def test_a_hub_that_stalls_is_given_up_within_seconds(source, name, here):

@@ -215,6 +215,7 @@ def test_settings_may_stand_behind_an_option(workplace):
     assert (config["log_every"], config["steps"]) == (2, 4)
 
 
+@pytest.mark.slow
 def test_a_notebook_runs_with_progress_and_becomes_a_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("dalm_utils.__main__.PROJECT", tmp_path)
     sources = ["import sys", "print('busy', file=sys.stderr)", "print('where to look')"]
@@ -246,6 +247,7 @@ Path("checkpoint").write_text(f"{len(asked)} signal")
 """
 
 
+@pytest.mark.slow
 def test_a_notebook_that_is_stopped_ends_its_step_and_says_how_to_go_on(tmp_path):
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(STOPPED)]), tmp_path / "long.ipynb")
     command = [sys.executable, "-m", "dalm_utils", "notebook", str(tmp_path / "long.ipynb"), "--in-place"]
@@ -259,6 +261,7 @@ def test_a_notebook_that_is_stopped_ends_its_step_and_says_how_to_go_on(tmp_path
     assert (tmp_path / "checkpoint").read_text() == "1 signal"
 
 
+@pytest.mark.slow
 def test_a_failing_notebook_says_which_line_and_keeps_the_stored_one(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("dalm_utils.__main__.PROJECT", tmp_path)
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")]), tmp_path / "bad.ipynb")

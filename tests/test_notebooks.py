@@ -56,6 +56,7 @@ def test_each_checked_figure_would_be_missed(path):
 THIRD = "import sys\nprint('noise', file=sys.stderr)\nprint(f'a third is {1 / 3:.3f}')"
 
 
+@pytest.mark.slow
 def test_nbval_with_our_plugin_fails_where_a_figure_is_off(tmp_path):
     stored = [  # what the cell printed once, its tags, and whether 0.333 passes now
         ("0.333", [], True),

@@ -17,6 +17,8 @@ from dalm_utils.objective import Batch
 from tests.helpers import opened, tiny_base, tiny_config, tiny_diffusion
 from tests.processes import start_many, wait_for_step
 
+pytestmark = pytest.mark.slow
+
 STEPS = dict(steps=24, log_every=2, eval_every=6, save_every=4, sample_every=12)
 FSDP = {
     "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",

@@ -70,6 +70,7 @@ def kill_again_and_again(folder: Path, kills: int, settings: dict, seed: int) ->
     return figures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills, precision", [(10, "fp32"), (3, "bf16")])
 def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(tmp_path, kills, precision):
     settings = {**LONG, "precision": precision}
@@ -246,6 +247,7 @@ def test_a_run_that_cannot_be_begun_says_why_at_once(tmp_path):
         train(*tiny_diffusion(), tiny_config(tmp_path))
 
 
+@pytest.mark.slow
 def test_only_one_process_writes_to_a_run(tmp_path):
     settings = {**LONG, "steps": 100_000}
     config = tiny_config(tmp_path, **settings)
@@ -270,6 +272,7 @@ print("the curve has", len(history.records), "records")
 """
 
 
+@pytest.mark.slow
 def test_the_stop_button_ends_a_cell_cleanly_and_it_goes_on_when_run_again(tmp_path):
     """A real kernel, interrupted twice in the same cell."""
     config = tiny_config(tmp_path, steps=100_000, log_every=1)

@@ -26,8 +26,8 @@ from transformers import (
 
 from ..backbone import fuse_gelu, load_base, save_diffusion
 from ..checkpoint import write_whole
-from ..config import PROJECT, RunConfig, load_config
-from ..corpus import CACHE, load_corpus
+from ..config import PROJECT, RunConfig, cache_folder, load_config
+from ..corpus import load_corpus
 from ..documents import clean_documents, digest, identify, split_of
 from ..evaluation import ar_nll, nelbo
 from ..history import History
@@ -39,27 +39,12 @@ from ..training import train
 END = "<|endoftext|>"  # begins a block and separates documents, as in GPT-2
 PAD = "<pad>"  # OPT's embedding never learns its padding token, so it must be one that no text contains
 CONTEXT = 512
-SHAPES = {
-    "6x256": dict(vocab=4096, n_layer=6, n_embd=256, n_head=4),
-    "8x256": dict(vocab=4096, n_layer=8, n_embd=256, n_head=4),
-    "4x320": dict(vocab=4096, n_layer=4, n_embd=320, n_head=5),
-    "5x256-8k": dict(vocab=8192, n_layer=5, n_embd=256, n_head=4),
-    "4x288-8k": dict(vocab=8192, n_layer=4, n_embd=288, n_head=3),
-}
-TRIALS = {  # (shape, peak learning rate) -> steps that take each about 150 seconds of two cores
-    ("6x256", 2e-3): 170,
-    ("8x256", 2e-3): 128,
-    ("4x320", 2e-3): 175,
-    ("5x256-8k", 2e-3): 170,
-    ("6x256", 4e-3): 170,
-    ("4x288-8k", 2e-3): 175,
-    ("4x288-8k", 1e-3): 175,
-}
+SHAPE = dict(n_layer=4, n_embd=288, n_head=3)
+VOCAB = 8192
 AR = RunConfig(
     objective="ar", base="none", text="docstrings", length=CONTEXT, batch=8, learning_rate=2e-3, warmup_steps=60,
     final_lr=0.05, weight_decay=0.1, log_every=10, eval_every=250, save_every=250, compile=True,
 )  # fmt: skip
-BEST = ("4x288-8k", 2e-3)
 HOUR_OF_STEPS = 4_500
 MATHEMATICS = dict(steps=2_500, warmup_steps=100, compile=False)
 LONG = dict(  # the base teaches first and then no more: it cannot see to the right of a gap, and the student has to
@@ -70,7 +55,7 @@ LONG = dict(  # the base teaches first and then no more: it cannot see to the ri
 
 def train_tokenizer(vocab: int, text: str, special: tuple[str, ...]) -> PreTrainedTokenizerFast:
     """A byte-level BPE trained on the training split of a text as it is now; made once and kept beside the texts."""
-    folder = CACHE / f"tokenizer-{digest(json.dumps([vocab, special, identify(text, 'text')]))[:12]}"
+    folder = cache_folder() / f"tokenizer-{digest(json.dumps([vocab, special, identify(text, 'text')]))[:12]}"
     if not folder.exists():
         bpe = tokenizers.ByteLevelBPETokenizer()
         texts = (document for document in clean_documents(text) if split_of(document) == "train")
@@ -82,52 +67,33 @@ def train_tokenizer(vocab: int, text: str, special: tuple[str, ...]) -> PreTrain
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def fresh_gpt2(shape: dict, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> GPT2LMHeadModel:
-    """A GPT-2 of this shape with random weights."""
+def fresh_gpt2(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> GPT2LMHeadModel:
+    """A small GPT-2 with random weights."""
     torch.manual_seed(seed)
-    sizes = {key: value for key, value in shape.items() if key != "vocab"}
     ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    return fuse_gelu(GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=CONTEXT, **sizes, **ends)))
+    return fuse_gelu(GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=CONTEXT, **SHAPE, **ends)))
 
 
-def fresh_opt(shape: dict, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> OPTForCausalLM:
-    """An OPT of this shape with random weights, built as Galactica is: GELU, layer norm first."""
+def fresh_opt(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> OPTForCausalLM:
+    """An OPT of the same size with random weights, built like Galactica: GELU, layer norm first."""
     torch.manual_seed(seed)
     config = OPTConfig(
         vocab_size=len(tokenizer), max_position_embeddings=CONTEXT, activation_function="gelu",
-        num_hidden_layers=shape["n_layer"], num_attention_heads=shape["n_head"], hidden_size=shape["n_embd"],
-        word_embed_proj_dim=shape["n_embd"], ffn_dim=4 * shape["n_embd"], bos_token_id=tokenizer.bos_token_id,
+        num_hidden_layers=SHAPE["n_layer"], num_attention_heads=SHAPE["n_head"], hidden_size=SHAPE["n_embd"],
+        word_embed_proj_dim=SHAPE["n_embd"], ffn_dim=4 * SHAPE["n_embd"], bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return OPTForCausalLM(config)
 
 
-def make_base(shape: str, config: RunConfig, fresh: Callable[..., PreTrainedModel] = fresh_gpt2) -> History:
-    """Train one AR base from nothing; returns its history."""
+def make_base(config: RunConfig, fresh: Callable[..., PreTrainedModel] = fresh_gpt2) -> History:
+    """Train one AR base from random weights; returns its history."""
     special = (END,) if fresh is fresh_gpt2 else (END, PAD)
-    tokenizer = train_tokenizer(SHAPES[shape]["vocab"], config.text, special)
-    return train(fresh(SHAPES[shape], tokenizer, config.seed), tokenizer, config)
+    tokenizer = train_tokenizer(VOCAB, config.text, special)
+    return train(fresh(tokenizer, config.seed), tokenizer, config)
 
 
-def try_shapes(results: Path) -> list[dict]:
-    """Train every entry of `TRIALS` briefly, on the same text; the figures are kept in a JSON file."""
-    rows = json.loads(results.read_text()) if results.exists() else []
-    for (shape, rate), steps in list(TRIALS.items())[len(rows) :]:
-        config = AR.replace(
-            name=f"trial-{shape}-{rate:g}", learning_rate=rate, steps=steps, eval_every=steps, save_every=steps
-        )
-        history = make_base(shape, config)
-        if history.last("nll") is None:
-            raise SystemExit("not finished; the same command continues")
-        last = history.records[-1]
-        figures = {key: last[key] for key in ("tokens", "seconds", "nll", "bits_per_byte")}
-        rows.append({"shape": shape, "learning_rate": rate, "steps": steps, **figures})
-        results.parent.mkdir(parents=True, exist_ok=True)
-        results.write_text(json.dumps(rows, indent=1))
-    return rows
-
-
-def ship(config: RunConfig, shape: str | None, **extra) -> Path:
+def ship(config: RunConfig) -> Path:
     """Put a run's best checkpoint into checkpoints/base, in half precision, with its provenance and history."""
     history = History.load(config.folder / "history.jsonl")
     if (history.last("step") or 0) < config.steps:
@@ -139,7 +105,7 @@ def ship(config: RunConfig, shape: str | None, **extra) -> Path:
     score = (ar_nll if config.objective == "ar" else nelbo)(model, tokenizer, held_out)
     provenance = {
         "made_by": f"python -m dalm_utils.scripts.pretrain {config.name}",
-        "architecture": {"class": type(model).__name__, "shape": shape, "parameters": model.num_parameters()},
+        "architecture": {"class": type(model).__name__, "shape": SHAPE, "parameters": model.num_parameters()},
         "trained_on": f"the training split of the text {config.text!r}; no other text",
         "corpus": {
             key: corpus.facts[key] for key in ("fingerprint", "version", "source", "documents", "tokens", "bytes")
@@ -155,7 +121,6 @@ def ship(config: RunConfig, shape: str | None, **extra) -> Path:
             "blocks": len(held_out),
         },
         "config": {key: value for key, value in vars(config).items() if key != "runs"},
-        **extra,
     }
     folder = BASES / config.name
     save_diffusion(model.half(), tokenizer, folder)
@@ -164,26 +129,21 @@ def ship(config: RunConfig, shape: str | None, **extra) -> Path:
     return folder
 
 
-def make(name: str, trials: bool) -> Path:
+def make(name: str) -> Path:
     """Train and ship one of the models that come with the project."""
     if name == "tiny-gpt2":
-        rows = try_shapes(AR.replace(name="trials").folder / "trials.json") if trials else []
-        config = AR.replace(name=name, learning_rate=BEST[1], steps=HOUR_OF_STEPS)
-        make_base(BEST[0], config)
-        return ship(config, BEST[0], tried=rows)
-    if name == "tiny-galactica":
-        config = AR.replace(name=name, text="mathematics", learning_rate=BEST[1], **MATHEMATICS)
-        make_base(BEST[0], config, fresh_opt)
-        return ship(config, BEST[0])
-    config = load_config("gpt2", "laptop", name=name, **LONG)
-    model, tokenizer = build(config)
-    train(model, tokenizer, config)
-    return ship(config, BEST[0])
+        config = AR.replace(name=name, steps=HOUR_OF_STEPS)
+        make_base(config)
+    elif name == "tiny-galactica":
+        config = AR.replace(name=name, text="mathematics", **MATHEMATICS)
+        make_base(config, fresh_opt)
+    else:
+        config = load_config("gpt2", "laptop", name=name, **LONG)
+        train(*build(config), config)
+    return ship(config)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=("tiny-gpt2", "tiny-galactica", "tiny-diffugpt"))
-    parser.add_argument("--trials", action="store_true", help="first compare the shapes in TRIALS, 150 seconds each")
-    options = parser.parse_args()
-    print("made", make(options.name, options.trials).relative_to(PROJECT))
+    print("made", make(parser.parse_args().name).relative_to(PROJECT))
