@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .backbone import pick_device, pick_precision
 from .checkpoint import History, first_line
 from .config import RunConfig
+from .processes import leave_group_at_exit
 from .run import Run, build
 from .stability import Unstable
 
@@ -96,7 +97,7 @@ PAIRED = (
 @contextlib.contextmanager
 def _opened(arms: dict[str, tuple], resume: str) -> Iterator[dict[str, Run]]:
     """The runs, their folders claimed; given back at the end, whatever happens."""
-    with contextlib.ExitStack() as stack:
+    with leave_group_at_exit(), contextlib.ExitStack() as stack:
         runs = {}
         for name, (model, tokenizer, config) in arms.items():
             runs[name] = Run(model, tokenizer, config, _accelerator(config), resume)  # each has its own loss scale
