@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin, broadcast_object_list
@@ -70,8 +70,6 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         raise ValueError(
             f"training under {kind.value} is not supported; launch with --multi_gpu, or --use_fsdp --fsdp_version 2"
         )
-    if is_sharded(accelerator):
-        _configure_fsdp(accelerator.state.fsdp_plugin)
     return accelerator
 
 
@@ -109,6 +107,15 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ sharding
+def prepare(accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
+    """The module and its optimizer, wrapped for several processes, each of which has loaded all weights."""
+    if is_sharded(accelerator):
+        plugin = accelerator.state.fsdp_plugin
+        plugin.cpu_ram_efficient_loading = False  # from empty weights, the head would lose its tie to the embeddings
+        plugin.mixed_precision_policy = None  # autocast casts, as on one process; losses, times and sums stay in FP32
+    return accelerator.prepare(module, optimizer)
+
+
 @contextlib.contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
     """Use the wrapped model outside of a training step: FSDP gathers the weights that lie in no block."""
@@ -150,14 +157,6 @@ def load_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, file: Pa
     """Load what `optimizer_state` returned and torch.save wrote. Never executes what the file holds."""
     state = torch.load(file, map_location="cpu", weights_only=True)
     set_optimizer_state_dict(module, optimizer, state, options=FULL_STATE)
-
-
-def _configure_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
-    """Every process has loaded the weights: from empty ones, as accelerate would start, the head would lose its tie to
-    the embeddings. And FSDP casts nothing: autocast does, as on one process, and losses, times and sums stay in FP32.
-    """
-    plugin.cpu_ram_efficient_loading = False
-    plugin.mixed_precision_policy = None
 
 
 # ------------------------------------------------------------------------------------------------- leaving

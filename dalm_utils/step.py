@@ -21,7 +21,7 @@ from .config import RunConfig
 from .cuda_graph import ReplayedStep
 from .machine import DTYPES, send
 from .objective import Batch, batch_loss, seeded
-from .processes import casting, is_sharded
+from .processes import casting, is_sharded, prepare
 from .stability import SATURATED, Watch, saturation
 from .tasks import Task
 
@@ -71,7 +71,7 @@ class TrainStep:
             {key: group[key] for key in ("lr", "fused", "capturable")} for group in self.adamw.param_groups
         ]
         self.adamw.register_step_pre_hook(self._skip_if_unusable)
-        self.module, self.optimizer = accelerator.prepare(module, self.adamw)
+        self.module, self.optimizer = prepare(accelerator, module, self.adamw)
         self.watch = Watch(config.spike, config.max_skips, self.device)
         zeros = torch.zeros(4, device=self.device)
         self.loss, self.norm, self.unusable, self.teacher_weight = zeros.unbind()
