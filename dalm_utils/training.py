@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .checkpoint import first_line
 from .config import RunConfig
 from .history import History
-from .processes import any_process, make_accelerator
+from .processes import any_process, leave_group_at_exit, make_accelerator
 from .run import Run, build
 from .stability import Unstable
 
@@ -88,7 +88,7 @@ def train_arms(
 @contextlib.contextmanager
 def _opened(arms: dict[str, tuple], resume: str) -> Iterator[dict[str, Run]]:
     """The runs, their folders claimed; released at the end, whatever happens."""
-    with contextlib.ExitStack() as stack:
+    with leave_group_at_exit(), contextlib.ExitStack() as stack:
         runs = {}
         for name, (model, tokenizer, config) in arms.items():
             runs[name] = Run(model, tokenizer, config, make_accelerator(config), resume)  # each has its own loss scale
