@@ -151,11 +151,11 @@ def _status(options) -> None:
     from .checkpoint import RunFolder
     from .history import History
 
-    runs = os.environ.get("DALM_RUNS", RunConfig().runs)
+    runs = os.environ.get("DALM_RUNS") or RunConfig().runs
     places = (Path(options.run), PROJECT / runs / options.run)
     found = next((path for path in places if (path / "config.json").is_file()), None)
     settings = json.loads((found / "config.json").read_text()) if found else {}
-    if "total_steps" not in settings:  # nothing, or a model
+    if found is None or "total_steps" not in settings:  # nothing, or a model
         raise FileNotFoundError(f"no run {options.run!r}: neither {' nor '.join(map(os.path.relpath, places))} is one")
     folder = RunFolder(found.resolve())
     history = History.load(folder.path / "history.jsonl")

@@ -189,9 +189,9 @@ class RunFolder:
             write_file(written, json.dumps(settings, indent=1))  # a finished run may be given more steps
             return
         if changed:
-            changed = [f"{name}: {before[name]!r} then, {now!r} now" for name, now in changed.items()]
+            differences = [f"{name}: {before[name]!r} then, {now!r} now" for name, now in changed.items()]
             raise ValueError(
-                f"the run {self.path.name!r} exists with other settings ({'; '.join(changed)}). "
+                f"the run {self.path.name!r} exists with other settings ({'; '.join(differences)}). "
                 "Give this one another `name`, or move the old run aside: pass resume='never', in a terminal --fresh."
             )
 

@@ -100,7 +100,7 @@ class Live:
         self.every, self.drawn, self.handle = every, -math.inf, None  # seconds between two drawings
 
     def __call__(self, history: History | dict[str, History], config: RunConfig | None = None) -> None:
-        histories = history if isinstance(history, dict) else {config.name: history}
+        histories = history if isinstance(history, dict) else {config.name if config else "run": history}
         last = [history.records[-1] for history in histories.values()]
         worth_waiting = any("nelbo" in record or "event" in record for record in last)
         if time.monotonic() - self.drawn < self.every and not worth_waiting:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -115,7 +115,7 @@ def infilling(
         raise ValueError(f"a gap in blocks of {length} tokens has 1 to {length - 3}, got {gap}")
     starts = torch.randint(2, length - gap, (len(blocks), 1), generator=seeded(seed, gap, "gaps"))
     columns = starts + torch.arange(gap)  # [N, gap]
-    fill = _continue if mask_id_of(model) is None else partial(_fill, order=order)
+    fill: Callable = _continue if mask_id_of(model) is None else partial(_fill, order=order)
     was_training = model.training
     model.eval()
     pieces = enumerate(zip(blocks.split(batch_size), columns.split(batch_size), strict=True))
