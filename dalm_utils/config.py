@@ -50,6 +50,7 @@ class RunConfig:
     times: Literal["stratified", "uniform"] = "stratified"  # how t is drawn; stratified over the global batch
     eps: float = 1e-3  # the smallest t
     distill: float = 0.0  # weight of the frozen base's prediction in the target; the token itself has weight 1
+    distill_fit: bool = False  # lower that weight to what the base's predictions of this text are worth
     distill_steps: int | None = None  # steps over which that weight falls to 0 (None: the whole run)
 
     # the optimizer
@@ -154,12 +155,14 @@ class RunConfig:
 # compared instead.
 FREE_FIELDS = {
     "name", "runs", "hub", "text", "field", "batch", "accumulate", "epochs", "steps", "precision", "device",
-    "cuda_graph", "compile", "gradient_checkpointing", "sample_every", "save_every", "keep", "trackers", "max_skips",
-    "patience",
+    "cuda_graph", "compile", "distill_fit", "gradient_checkpointing", "sample_every", "save_every", "keep", "trackers",
+    "max_skips", "patience",
 }  # fmt: skip
 
 # What the profiles of the three notebooks share. `real` is a real pretrained model that needs neither a hub nor a GPU.
-LAPTOP = dict(base="tiny-gpt2", text="docstrings", length=256, batch=4, learning_rate=7e-4, distill=16.0)
+LAPTOP = dict(
+    base="tiny-gpt2", text="docstrings", length=256, batch=4, learning_rate=7e-4, distill=16.0, distill_fit=True
+)
 REAL = dict(
     base="data/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf", text="docstrings", length=128, batch=2,
     learning_rate=2e-4, eval_blocks=32,

@@ -7,9 +7,34 @@ be its prediction. One that was not is confidently wrong, and a model that imita
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .annealing import annealed_mask
+from .corpus import Blocks
+from .objective import default_maskable, diffusion_loss
+
+UNIGRAM_BLOCKS = 2_000  # training blocks that are counted for token frequencies, at most
 MAX_LOG_RATIO = 50.0  # nats; beyond it a ratio of probabilities changes no digit of the answer and may overflow
+
+
+@torch.no_grad()
+def fit_teacher_weight(teacher: nn.Module, train: Blocks, held_out: Blocks, largest: float, batch: int = 32) -> float:
+    """`choose_teacher_weight` for a text: a few seconds, for the teacher's pass over the held-out blocks.
+
+    Args:
+        teacher: an AR model, which runs in its weights' dtype.
+        train, held_out: blocks of the text.
+    """
+    blocks = held_out[list(range(len(held_out)))]  # [N, L]
+    counted = train[list(range(0, len(train), -(-len(train) // UNIGRAM_BLOCKS)))][:, 1:]
+    causal = annealed_mask(blocks.shape[1], 0.0, dtype=teacher.dtype, device=teacher.device)
+    nll = []
+    for tokens in blocks.to(teacher.device).split(batch):
+        everything, ones = default_maskable(tokens), torch.ones(len(tokens), device=tokens.device)
+        nll.append(diffusion_loss(teacher, tokens, tokens, everything, ones, attention_mask=causal).token_nll.cpu())
+    vocab = 1 + int(max(blocks.max(), counted.max()))
+    frequencies = unigram_nll(counted, blocks[:, 1:].flatten(), vocab)
+    return choose_teacher_weight(torch.cat(nll), frequencies, largest)
 
 
 def unigram_nll(train_tokens: Tensor, held_out: Tensor, vocab_size: int) -> Tensor:

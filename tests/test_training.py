@@ -123,6 +123,26 @@ def test_the_teacher_fades_and_a_model_from_scratch_has_none(tmp_path, monkeypat
     assert asked[-1] == (None, 0.0)
 
 
+def test_a_resumed_run_keeps_the_weight_that_was_fitted_to_its_text(tmp_path, monkeypatch, capsys):
+    config = tiny_config(tmp_path, base=tiny_base(tmp_path), distill=4.0, distill_fit=True)
+    monkeypatch.setattr("dalm_utils.run.fit_teacher_weight", lambda teacher, train, held_out, largest: largest / 8)
+    with opened(*tiny_diffusion(), config) as run:
+        assert run.distill == 0.5 and run._teacher_weight() == pytest.approx(1 / 3)
+        assert "distill=0.5 instead of 4" in capsys.readouterr().err
+        run.step = 3
+        run.save()
+    monkeypatch.setattr("dalm_utils.run.fit_teacher_weight", lambda *_: pytest.fail("it was chosen before"))
+    with opened(*tiny_diffusion(), config) as run:
+        assert run.distill == 0.5
+
+
+def test_a_random_teacher_is_not_imitated(tmp_path, capsys):
+    config = tiny_config(tmp_path, base=tiny_base(tmp_path), distill=4.0, distill_fit=True)
+    with opened(*tiny_diffusion(), config) as run:
+        assert run.distill < 0.1
+    assert "predicts too little that token frequencies do not" in capsys.readouterr().err
+
+
 def test_a_teacher_with_other_tokens_or_a_mask_is_refused(tmp_path):
     config = tiny_config(tmp_path, base="tiny-gpt2", distill=4.0)
     with pytest.raises(
@@ -130,7 +150,7 @@ def test_a_teacher_with_other_tokens_or_a_mask_is_refused(tmp_path):
     ):
         train(*tiny_diffusion(), config)
     save_diffusion(*tiny_diffusion(), tmp_path / "diffusion")
-    with pytest.raises(ValueError, match="is none or has other tokens"):
+    with pytest.raises(ValueError, match="is a diffusion model or has other tokens"):
         train(*tiny_diffusion(), config.replace(base=str(tmp_path / "diffusion")))
 
 
