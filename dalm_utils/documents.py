@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import glob
 import hashlib
@@ -10,13 +9,13 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
-import multiprocessing
 import os
 import re
-import threading
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from functools import partial
@@ -35,6 +34,7 @@ PACKAGES = {  # what is installed anyway, and whose docstrings are a text that n
 }  # fmt: skip
 TEXT_FILES = (".txt", ".md", ".rst", ".tex")
 MIN_CHARACTERS = 200  # a shorter docstring says too little to learn from
+FILES = 100  # that one process parses; starting it takes a hundredth of the time
 MIN_WORDS = 50  # fewer do not tell documents apart: formulas differ by signs and digits, and count as they stand
 HELD_OUT = {"validation": 2, "test": 2}  # percent of the documents
 SPLITS = ("train", "validation", "test")
@@ -216,45 +216,53 @@ def _text_of(record: object, field: str) -> str:
 
 
 def docstrings(packages: Iterable[str]) -> Iterator[str]:
-    """Every docstring of these installed packages, in the order of their files; tests left out."""
-    roots = [Path(importlib.util.find_spec(package).origin).parent for package in packages]
-    files = [f for root in roots for f in sorted(root.rglob("*.py")) if "tests" not in f.relative_to(root).parts]
-    with ProcessPoolExecutor(min(4, os.cpu_count() or 1), initializer=_end_with_parent) as pool:
-        for found in tqdm(pool.map(_docstrings_of, files, chunksize=32), "reading docstrings", len(files), leave=False):
-            yield from found
+    """The docstrings of at least `MIN_CHARACTERS` of these installed packages, in the order of their files; no tests.
+
+    The files are parsed in several processes. Each runs a fixed script, not this program again as multiprocessing
+    would, so reading works the same in a notebook and in a script without an `if __name__ == "__main__"` guard.
+    """
+    roots = [_folder_of(package) for package in packages]
+    files = [str(f) for root in roots for f in sorted(root.rglob("*.py")) if "tests" not in f.relative_to(root).parts]
+    batches = [files[i : i + FILES] for i in range(0, len(files), FILES)]
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # each thread waits for a process
+        for found in tqdm(pool.map(_docstrings_of, batches), "reading docstrings", len(batches), leave=False):
+            yield from (text for text in found if len(text) >= MIN_CHARACTERS)
 
 
-def _end_with_parent() -> None:
-    """A pool's process waits for work for ever, even when the process that would give it was killed."""
-
-    def watch():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _folder_of(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise _not_installed(package)
+    return Path(spec.origin).parent
 
 
-def _docstrings_of(file: Path) -> list[str]:
-    source = file.read_text(encoding="utf-8", errors="replace")
-    if '"""' not in source and "'''" not in source:
-        return []
-    import warnings
+def _version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package).split("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        raise _not_installed(package) from None
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in other people's strings
-        try:
-            tree = ast.parse(source)
-        except SyntaxError:  # templates that only look like Python
-            return []
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
-    return [text for text in found if text and len(text) >= MIN_CHARACTERS]
+
+def _not_installed(package: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"the docstrings of {package!r} cannot be read: it is not installed (pip install {package})"
+    )
+
+
+def _docstrings_of(files: list[str]) -> list[str]:
+    """What `_docstrings.py` finds in these files. `-I` keeps the environment and the current folder out of it."""
+    script = [sys.executable, "-I", "-S", str(Path(__file__).with_name("_docstrings.py"))]
+    result = subprocess.run(script, input=json.dumps(files).encode(), capture_output=True)
+    if result.returncode:
+        error = result.stderr.decode(errors="replace").strip()
+        raise RuntimeError(f"docstrings cannot be read: {sys.executable} ended with {result.returncode}: {error}")
+    return json.loads(result.stdout)
 
 
 def identify(source: str, field: str) -> dict:
     """What a text made from a source depends on: versions of packages, a hub's revision, or names, sizes and times."""
     if source in PACKAGES:
-        return {name: importlib.metadata.version(name).split("+")[0] for name in PACKAGES[source]}
+        return {name: _version_of(name) for name in PACKAGES[source]}
     wanted = arxiv.ArxivSet.parse(source)
     if wanted:
         return {**vars(wanted), "rules": RULES}

@@ -1,4 +1,6 @@
+import contextlib
 import json
+import os
 import subprocess
 import sys
 
@@ -178,12 +180,69 @@ def test_docstrings_are_many_and_no_two_alike():
     assert any("Parameters\n----------" in text for text in texts)
 
 
+def test_docstrings_stand_at_every_depth_of_a_file_and_what_is_not_python_has_none(tmp_path):
+    (tmp_path / "deep.py").write_bytes(
+        b'\xef\xbb\xbf"""module"""\n'  # as some Windows editors begin a file
+        b"if 1:\n try:\n  class A:\n   '''class'''\n   async def f(self):\n    '''method \\ud800'''\n"
+        b" except E:\n  with x:\n   def g():\n    '''in a handler'''\n"
+        b"else:\n match x:\n  case 1:\n   def h():\n    '''in a case'''\n    s = '''no docstring'''\n"
+    )
+    (tmp_path / "template.py").write_text("def {name}():\n    '''docstring'''")
+    (tmp_path / "binary.py").write_bytes(b"'''\0\xff'''")
+    (tmp_path / "deep_expression.py").write_text("'''unread'''\nx = " + "(" * 10**5)
+    files = sorted(map(str, tmp_path.iterdir()))
+    assert sorted(module._docstrings_of(files)) == sorted(
+        ["module", "class", "method \ud800", "in a handler", "in a case"]
+    )
+
+
+def test_a_text_of_a_package_that_is_not_installed_is_refused_by_its_name(monkeypatch):
+    monkeypatch.setitem(module.PACKAGES, "docstrings", ("numpy", "no_such_package"))
+    for read in (module.documents, lambda source: module.identify(source, "text")):
+        with pytest.raises(FileNotFoundError, match=r"'no_such_package' .* \(pip install no_such_package\)"):
+            list(read("docstrings"))
+
+
+def test_a_reader_of_docstrings_that_fails_is_an_error(monkeypatch):
+    monkeypatch.setattr(module, "__file__", "/nowhere/documents.py")
+    with pytest.raises(RuntimeError, match=r"cannot be read: .* ended with 2: .*_docstrings\.py"):
+        list(module.docstrings(["numpy"]))
+
+
+SCRIPT = """
+import multiprocessing, sys
+multiprocessing.set_start_method(sys.argv[1], force=True)
+from dalm_utils import documents, load_corpus
+from tests.helpers import tiny_tokenizer
+documents.PACKAGES["docstrings"] = ("accelerate",)
+print(load_corpus("docstrings", tiny_tokenizer(), cache=sys.argv[2]).facts["documents"]["train"])
+"""
+
+
+@pytest.mark.parametrize("start_method, name", [("spawn", "main.py"), ("forkserver", "main.py"), ("spawn", "-")])
+def test_a_script_without_a_guard_prepares_docstrings_under_every_start_method(tmp_path, start_method, name):
+    """Processes that import the main script again would wait here for the lock of the one that waits for them."""
+    (tmp_path / "main.py").write_text(SCRIPT)
+    script = "-" if name == "-" else str(tmp_path / name)
+    result = subprocess.run(
+        [sys.executable, script, start_method, str(tmp_path / "cache")],
+        input=SCRIPT, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) > 100
+
+
 def test_processes_that_read_docstrings_end_with_the_one_that_was_killed():
-    code = "import time; from dalm_utils.documents import docstrings\n"
-    code += "for text in docstrings(['networkx']): print('begun', flush=True); time.sleep(60)"
-    reader = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert reader.stdout.readline() == b"begun\n"
-    helpers = psutil.Process(reader.pid).children(recursive=True)
+    code = "from dalm_utils.documents import PACKAGES, docstrings; list(docstrings(PACKAGES['docstrings']))"
+    reader = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    helper = None
+    while helper is None:
+        assert reader.poll() is None
+        for child in psutil.Process(reader.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.suspend()  # so that it cannot have finished before its parent is killed
+                helper = child
     reader.kill()
-    reader.communicate()
-    assert helpers and not psutil.wait_procs(helpers, timeout=20)[1]
+    reader.wait()
+    helper.resume()
+    assert not psutil.wait_procs([helper], timeout=60)[1]
