@@ -164,7 +164,7 @@ def _write(folder: Path, source: str, field: str, tokenizer: PreTrainedTokenizer
                 counts["bytes"][split] += len(text.encode("utf-8", "replace"))
             bar.update((skips.bytes or sum(counts["bytes"].values())) - bar.n)
     if not counts["documents"]["train"]:
-        raise ValueError(f"no document to train on in {source!r}; skipped: {dict(skips.reasons) or 'none'}")
+        raise ValueError(f"no document to train on in {source!r}; skipped: {skips}")
     facts |= {
         "name": source,
         "dtype": np.dtype(dtype).name,

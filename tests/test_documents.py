@@ -1,6 +1,8 @@
+import codecs
 import contextlib
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -11,8 +13,9 @@ import pyarrow.parquet
 import pytest
 
 from dalm_utils import documents as module
+from dalm_utils.corpus import load_corpus
 from dalm_utils.documents import LONGEST_LINE, Skips, documents, drop_near_copies, split_of
-from tests.helpers import TEXTS
+from tests.helpers import TEXTS, tiny_tokenizer
 
 
 def write_lines(path, lines):
@@ -30,29 +33,78 @@ def test_json_lines_with_every_kind_of_damage_are_counted_and_placed(tmp_path):
     source = write_lines(
         tmp_path / "papers.jsonl",
         [{"article": "one"}, b"{broken", {"other": "x"}, {"article": 5}, {"article": "  "},
-         b'{"article": "\xff\xfe"}', b"", [1], b"[" * 10**5, {"article": "two"}],
+         b'{"article": "\xff\xfe"}', b"", [1], b"null", b'"article"', b"[" * 10**5,
+         b'{"article": ' + b"1" * 5000 + b"}", {"article": "two"}],
     )  # fmt: skip
     skips = Skips()
     assert list(documents(source, "article", skips)) == ["one", "two"]
     assert skips.reasons == {
-        "not JSON": 2, "no field 'article'": 2, "field 'article' is not a string": 1, "empty document": 2,
-        "not UTF-8": 1,
+        "not JSON": 3, "no field 'article'": 1, "field 'article' is not a string": 1, "empty document": 2,
+        "not UTF-8": 1, "not a JSON object": 3,
     }  # fmt: skip
     assert skips.places[0] == "papers.jsonl:2: not JSON"
 
 
-def test_past_the_limit_it_is_an_error_that_names_the_places(tmp_path):
-    source = write_lines(tmp_path / "bad.jsonl", [b"{"] * 10)
-    with pytest.raises(ValueError, match=r"4 of 4 documents cannot be read.*bad\.jsonl:1: not JSON"):
+def test_past_the_limit_it_is_an_error_that_names_each_reason_once_with_its_first_place(tmp_path):
+    source = write_lines(tmp_path / "bad.jsonl", [b"{", b"", *[b"{"] * 10])
+    with pytest.raises(ValueError) as raised:
         list(documents(source, skips=Skips(limit=3)))
+    assert str(raised.value) == (
+        "4 of 4 documents cannot be read: "
+        "3 not JSON (the first at bad.jsonl:1); 1 empty document (the first at bad.jsonl:2)"
+    )
 
 
-def test_the_limit_is_a_share_of_what_was_read(monkeypatch):
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("count", [5, 500])
+def test_a_wrong_field_is_named_once_with_the_fields_that_are_there(tmp_path, kind, count):
+    records = [{"title": "short", "body": text} for text in TEXTS[:1] * count]
+    write = write_lines if kind == "jsonl" else write_parquet
+    source = write(tmp_path / f"t.{kind}", records)
+    with pytest.raises(ValueError) as raised:
+        load_corpus(source, tiny_tokenizer(), field="txt", cache=tmp_path / "cache")
+    message = str(raised.value)
+    assert message.count("no field 'txt'") == 1 and "\n" not in message and f"t.{kind}:1)" in message
+    assert message.endswith("the fields there are 'title', 'body'; choose `field` among them")
+
+
+def test_the_limit_is_a_fraction_of_what_was_read():
     skips = Skips(limit=2, read=1000)
     for n in range(10):
-        skips.add(f"line {n}", "not JSON")  # 1% of a thousand
+        skips.add(f"line {n}", ValueError("not JSON"))  # 1% of a thousand
     with pytest.raises(ValueError, match="11 of 1000"):
-        skips.add("line 10", "not JSON")
+        skips.add("line 10", ValueError("not JSON"))
+
+
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, mark):
+    lines = b"\n".join(json.dumps({"text": text}).encode() for text in TEXTS[:3])
+    (tmp_path / "joined.jsonl").write_bytes(mark + lines + b"\n" + mark + b'{"text": "\xef\xbb\xbfmarked"}\n')
+    skips = Skips()
+    assert list(documents(str(tmp_path / "joined.jsonl"), skips=skips)) == [*TEXTS[:3], "marked"] and not skips.reasons
+    (tmp_path / "a.txt").write_bytes(mark + b"alpha")
+    (tmp_path / "b.md").write_bytes(mark)
+    assert list(documents(str(tmp_path), skips=skips)) == ["alpha"] and skips.reasons == {"empty document": 1}
+
+
+@pytest.mark.parametrize(
+    "encoding, message",
+    [
+        ("utf-16", r"t\.jsonl' is UTF-16, not UTF-8; convert it"),
+        ("utf-32", r"t\.jsonl' is UTF-16, not UTF-8; convert it"),
+        ("utf-16-le", r"1 UTF-16 or damaged, not UTF-8 \(the first at t\.jsonl:1\)"),
+        ("utf-16-be", r"1 UTF-16 or damaged, not UTF-8 \(the first at t\.jsonl:1\)"),
+    ],
+)
+def test_utf_16_is_refused_by_its_name(tmp_path, encoding, message):
+    (tmp_path / "a.txt").write_text(TEXTS[0], encoding=encoding)
+    (tmp_path / "b.txt").write_text(TEXTS[1])
+    skips = Skips()
+    assert list(documents(str(tmp_path), skips=skips)) == [TEXTS[1]]
+    assert skips.places == ["a.txt: UTF-16 or damaged, not UTF-8"]
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": TEXTS[0]}) + "\n", encoding=encoding)
+    with pytest.raises(ValueError, match=message):
+        list(documents(str(tmp_path / "t.jsonl"), skips=Skips(limit=0)))
 
 
 def test_one_giant_line_is_passed_over_without_being_held(tmp_path, monkeypatch):
@@ -81,6 +133,8 @@ def test_a_folder_of_text_files(tmp_path):
     (tmp_path / "ignored.png").write_bytes(b"x")
     (tmp_path / "folder.parquet").mkdir()  # as some programs name the folder of their parts
     (tmp_path / ".#a.txt").symlink_to("nowhere")  # an editor's lock
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    (tmp_path / "deep" / "up").symlink_to("..")
     skips = Skips()
     assert list(documents(str(tmp_path), skips=skips)) == ["alpha", "beta"]
     assert skips.places == [
@@ -88,14 +142,53 @@ def test_a_folder_of_text_files(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_file_that_cannot_be_opened_is_skipped_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("alpha")
+    (tmp_path / "b.txt").write_text("beta")
+    opened = pathlib.Path.open
+
+    def refuse(path, *given):
+        if path.name == "a.txt":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *given)
+
+    monkeypatch.setattr(pathlib.Path, "open", refuse)
+    skips = Skips()
+    assert list(documents(str(tmp_path), skips=skips)) == ["beta"]
+    assert skips.places == ["a.txt: cannot be opened: Permission denied"]
+
+
 @pytest.mark.parametrize(
-    "name, message", [("nowhere.jsonl", "no text at"), ("x.csv", "neither"), ("empty", "has no .txt")]
+    "name, message",
+    [
+        ("nowhere.jsonl", "no text at"),
+        ("loop.jsonl", "no text at"),
+        ("x" * 300, "no text at"),
+        ("nul\0.jsonl", "no text at"),
+        ("x.csv", "neither"),
+        ("empty", "has no .txt"),
+        (
+            "folder.jsonl",
+            r"folder .*folder\.jsonl' has no .txt.*; give one of its .jsonl files .*, such as part-0.jsonl",
+        ),
+    ],
 )
 def test_sources_that_are_none(tmp_path, name, message):
     (tmp_path / "x.csv").write_text("a,b")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    (tmp_path / "folder.jsonl").mkdir()
+    write_lines(tmp_path / "folder.jsonl" / "part-0.jsonl", [{"text": "one"}])
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         list(documents(str(tmp_path / name)))
+
+
+def test_no_name_is_not_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("alpha")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no text at ''"):
+        list(documents(""))
+    assert list(documents(".")) == ["alpha"]
 
 
 def test_an_article_is_found_without_its_field_being_named_and_may_be_a_list_of_lines(tmp_path):
@@ -127,6 +220,39 @@ def test_parquet_files_alone_and_in_a_folder(tmp_path):
     skips = Skips()
     assert not list(documents(numbers, skips=skips)) and skips.reasons == {"field 'text' is not a string": 2}
     assert list(documents(str(tmp_path / "set"))) == ["first\nsecond", *TEXTS]
+
+
+def test_parquet_files_without_rows_are_read_as_such(tmp_path):
+    schema = pyarrow.schema([("text", pyarrow.string())])
+    pyarrow.parquet.write_table(schema.empty_table(), tmp_path / "0.parquet")  # one row group of no rows
+    write_parquet(tmp_path / "1.parquet", [{"text": text} for text in TEXTS[:3]])
+    pyarrow.parquet.ParquetWriter(tmp_path / "2.parquet", schema).close()  # no row group
+    (tmp_path / "3.parquet").touch()
+    skips = Skips()
+    assert list(documents(str(tmp_path), skips=skips)) == TEXTS[:3]
+    assert skips.places == ["3.parquet: empty document"]
+    (tmp_path / "1.parquet").unlink()
+    with pytest.raises(ValueError, match=r"no document to train on in .*; skipped: 1 empty document \(the first at 3"):
+        load_corpus(str(tmp_path), tiny_tokenizer(), cache=tmp_path / "cache")
+
+
+def test_rows_of_a_parquet_file_of_many_and_uneven_row_groups_come_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "ROWS", 4)
+    table = pyarrow.Table.from_pylist([{"text": f"document {n}"} for n in range(30)])
+    with pyarrow.parquet.ParquetWriter(tmp_path / "t.parquet", table.schema) as file:
+        for start, length in ((0, 0), (0, 1), (1, 13), (14, 16)):
+            file.write_table(table.slice(start, length))
+    assert list(documents(str(tmp_path / "t.parquet"))) == [f"document {n}" for n in range(30)]
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_a_text_of_empty_files_alone_says_so(tmp_path, kind):
+    for n in range(3):
+        (tmp_path / f"{n}.{kind}").touch()
+    source = tmp_path if kind == "txt" else tmp_path / "0.jsonl"
+    skipped = r"3 empty document \(the first at 0.txt\)" if kind == "txt" else "none"
+    with pytest.raises(ValueError, match=f"no document to train on in .*; skipped: {skipped}$"):
+        load_corpus(str(source), tiny_tokenizer(), cache=tmp_path / "cache")
 
 
 def test_a_parquet_file_that_is_none_is_named(tmp_path):
