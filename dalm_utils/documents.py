@@ -36,8 +36,11 @@ PACKAGES = {  # what is installed anyway, and whose docstrings are a text that n
 TEXT_FILES = (".txt", ".md", ".rst", ".tex")
 MIN_CHARACTERS = 200  # a shorter docstring says too little to learn from
 FILES = 100  # that one process parses; starting it takes a hundredth of the time
-MIN_WORDS = 50  # fewer do not tell documents apart: formulas differ by signs and digits, and count as they stand
+MIN_WORDS = 50  # for each number: a document with fewer is not known by its words, since formulas and tables share them
 HELD_OUT = {"validation": 2, "test": 2}  # percent of the documents
+FEW = (
+    1000  # documents; a text of fewer may have a split that no hash falls into, and is split by rank (see `split_few`)
+)
 SPLITS = ("train", "validation", "test")
 SKIP_LIMIT = 100  # more lines or files that cannot be read, and more than this fraction of all, are an error
 SKIP_FRACTION = 0.01
@@ -360,12 +363,52 @@ def drop_near_copies(texts: Iterable[str], width: int = 8, share: float = 0.5) -
 
 def split_of(text: str) -> str:
     """The split a document belongs to, by a hash of its normalised form: stable, and the same for all copies."""
-    bucket = int(digest(normalise(text))[:8], 16) % 100
+    return _split_at(digest(normalise(text)))
+
+
+def _split_at(key: str) -> str:
+    """The split that a hash, in hexadecimal, falls into."""
+    bucket = int(key[:8], 16) % 100
     for split, percent in HELD_OUT.items():
         if bucket < percent:
             return split
         bucket -= percent
     return "train"
+
+
+def split_few(texts: Iterable[str]) -> tuple[str, Callable[[str], str]]:
+    """How to split a text of which `split_of` leaves a split empty: a name for the rule, and the rule.
+
+    Each held-out split gets a tenth of the documents, at least one, by the rank of the hashes of their words, and
+    documents with the same words stay together. Where that leaves a split empty, most documents share their words
+    and differ in numbers: then the exact texts count, by rank in a text of few documents, by `HELD_OUT` in others.
+    Of two documents one is for training and one for validation.
+    """
+    same_words, exact = Counter(), []
+    for text in texts:
+        same_words[digest(normalise(text))] += 1
+        if len(exact) < FEW:
+            exact.append(digest(text))
+    documents = same_words.total()
+    by_words = _held_out_by_rank(same_words)
+    if len(set(by_words.values())) == min(documents, len(SPLITS)) - 1:
+        return "rank of words", lambda text: by_words.get(digest(normalise(text)), "train")
+    if documents >= FEW:
+        return "text", lambda text: _split_at(digest(text))
+    by_text = _held_out_by_rank(Counter(exact))
+    return "rank of text", lambda text: by_text.get(digest(text), "train")
+
+
+def _held_out_by_rank(sizes: dict[str, int]) -> dict[str, str]:
+    """The split of each hash that is held out. `sizes` counts the documents of each, which go together."""
+    documents, splits = sum(sizes.values()), {}
+    for split, needed in (("validation", 2), ("test", 3)):
+        room = max(1, documents // 10) if documents >= needed else 0
+        for key in sorted(sizes):
+            if key not in splits and sizes[key] <= room:
+                splits[key] = split
+                room -= sizes[key]
+    return splits
 
 
 def digest(text: str) -> str:
@@ -387,10 +430,23 @@ def clean_documents(source: str, field: str = "text", skips: Skips | None = None
 def _drop_copies(texts: Iterable[str], skips: Skips) -> Iterator[str]:
     seen = set()
     for text in texts:
-        words = normalise(text)
-        key = bytes.fromhex(digest(words if words.count(" ") + 1 >= MIN_WORDS else text))
+        key = bytes.fromhex(digest(_content(text)))
         if key in seen:
             skips.copies += 1
             continue
         seen.add(key)
         yield text
+
+
+def _content(text: str) -> str:
+    """What two documents share if one of them is a copy.
+
+    The words, where they say nearly everything; with more than one number in `MIN_WORDS` words everything but case
+    and layout; and a text of fewer words, such as a formula, as it stands.
+    """
+    words = normalise(text)
+    count = words.count(" ") + 1
+    if count < MIN_WORDS:
+        return text
+    numbers = len(re.findall(r"\d+(?:[.,:]\d+)*", text))
+    return words if count >= MIN_WORDS * numbers else " ".join(text.lower().split())

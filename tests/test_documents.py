@@ -15,7 +15,7 @@ import pytest
 from dalm_utils import documents as module
 from dalm_utils.corpus import load_corpus
 from dalm_utils.documents import LONGEST_LINE, Skips, documents, drop_near_copies, split_of
-from tests.helpers import TEXTS, tiny_tokenizer
+from tests.helpers import TEXTS, number_word, tiny_tokenizer
 
 
 def write_lines(path, lines):
@@ -294,6 +294,88 @@ def test_a_split_depends_on_the_words_alone():
     )
     shares = np.unique([split_of(f"document {'abc' * n}") for n in range(4000)], return_counts=True)
     assert dict(zip(*shares, strict=True))["train"] == pytest.approx(0.96 * 4000, rel=0.02)
+
+
+def test_the_split_of_a_document_is_what_it_has_always_been():
+    """The models that ship were trained on these training splits: no document may ever move between them."""
+    texts = [f"document {'abc' * n} of {noun}" for n in range(500) for noun in ("one", "another")]
+    assert module.digest(" ".join(map(split_of, texts))) == "7cd0c8df91548056e4149f63c2955914"
+
+
+def numbers(n, words=50):
+    """The log of one day: the same words as every other one, around numbers of its own."""
+    rng = np.random.default_rng(n)
+    line = "at {} the sensor read {:.1f} degrees and {} percent"
+    return " ".join(line.format(hour, 30 * rng.random(), rng.integers(100)) for hour in range(words // 7 + 1))
+
+
+def prose(n, words=60):
+    """Words that no other document has."""
+    return " ".join(f"{'abcdefghij'[int(d)]}{number_word(n)}" for d in str(7**99)[:words])
+
+
+def test_documents_whose_content_is_numbers_are_no_copies_of_each_other(tmp_path):
+    logs = [numbers(n) for n in range(500)]
+    assert len(set(map(module.normalise, logs))) == 1 and len(module.normalise(logs[0]).split()) >= module.MIN_WORDS
+    skips = Skips()
+    source = write_lines(tmp_path / "logs.jsonl", [{"text": text} for text in (*logs, *logs[:9], logs[9].upper())])
+    assert list(module.clean_documents(source, skips=skips)) == logs and skips.copies == 10
+
+
+def test_prose_that_differs_in_a_number_is_a_copy(tmp_path):
+    near = [f"{prose(n)} {year}" for n in range(20) for year in (2023, 2024)]
+    skips = Skips()
+    source = write_lines(tmp_path / "near.jsonl", [{"text": text} for text in near])
+    assert list(module.clean_documents(source, skips=skips)) == near[::2] and skips.copies == 20
+
+
+def splits_of(texts):
+    """The documents of each split by the second rule, and the rule's name."""
+    name, split = module.split_few(texts)
+    splits = {key: [text for text in texts if split(text) == key] for key in module.SPLITS}
+    assert sum(map(len, splits.values())) == len(texts)
+    return name, splits
+
+
+@pytest.mark.parametrize("count", [3, 4, 9, 10, 40, 199])
+@pytest.mark.parametrize("make, name", [(prose, "rank of words"), (numbers, "rank of text")])
+def test_a_few_documents_fill_every_split(count, make, name):
+    texts = [make(n) for n in range(count)]
+    rule, splits = splits_of(texts)
+    assert rule == name
+    assert [len(splits[key]) for key in ("validation", "test")] == [max(1, count // 10)] * 2
+    assert splits_of(texts[::-1])[1] == {key: part[::-1] for key, part in splits.items()}  # in whatever order
+
+
+@pytest.mark.parametrize("count", [1000, 5000])
+def test_many_documents_that_differ_in_numbers_alone_are_held_out_by_the_hundred(count):
+    rng = np.random.default_rng(0).integers(1000, size=(count, 2))
+    texts = [f"Question {n}: what is {a} plus {b}? Answer: {a + b}" for n, (a, b) in enumerate(rng)]
+    rule, splits = splits_of(texts)
+    assert rule == "text"
+    for key in ("validation", "test"):
+        assert 0.01 < len(splits[key]) / count < 0.03
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_fewer_documents_than_splits_leave_the_test_split_empty_first(count):
+    _, splits = splits_of([prose(n) for n in range(count)])
+    assert [len(splits[key]) for key in module.SPLITS] == [1, count - 1, 0]
+
+
+def test_near_copies_of_short_prose_stay_in_one_split_when_there_are_few_documents():
+    texts = [f"{prose(n, words=12)} {page}" for n in range(30) for page in range(2)]
+    rule, splits = splits_of(texts)
+    assert rule == "rank of words" and [len(splits[key]) for key in module.SPLITS] == [48, 6, 6]
+    words = {key: set(map(module.normalise, part)) for key, part in splits.items()}
+    assert not words["train"] & (words["validation"] | words["test"]) and not words["validation"] & words["test"]
+
+
+def test_a_template_that_most_documents_share_is_not_held_out_as_a_whole():
+    texts = [f"{verb} {n} and {n * n}" for verb in ("add", "take", "multiply") for n in range(50)]
+    rule, splits = splits_of(texts)
+    assert rule == "rank of text"
+    assert {text.split()[0] for text in splits["train"]} == {"add", "take", "multiply"}
 
 
 def test_docstrings_are_many_and_no_two_alike():
