@@ -7,13 +7,15 @@ from types import SimpleNamespace
 import datasets
 import huggingface_hub
 import modelscope
+import pyarrow
+import pyarrow.parquet
 import pytest
 import requests
 
 from dalm_utils import arxiv
 from dalm_utils.arxiv import ArxivSet
 from dalm_utils.corpus import load_corpus
-from dalm_utils.documents import identify
+from dalm_utils.documents import documents, identify
 from tests.helpers import TEXTS, tiny_tokenizer
 from tests.test_documents import write_parquet
 
@@ -66,6 +68,14 @@ def test_from_huggingface_at_the_pinned_revision(tmp_path, shards, monkeypatch):
     monkeypatch.undo()  # no hub is asked for what is in the cache
     for name in ("arxiv:2", "arxiv:2@huggingface"):
         assert load_corpus(name, tiny_tokenizer(), cache=tmp_path / "cache").facts == made.facts
+
+
+def test_a_shard_without_rows_does_not_end_the_set(tmp_path, shards, monkeypatch):
+    empty = pyarrow.schema([("article", pyarrow.string())]).empty_table()
+    pyarrow.parquet.write_table(empty, shards / "section" / "train-00000-of-00015.parquet")
+    monkeypatch.setattr(requests, "get", lambda *_, timeout: SimpleNamespace(raise_for_status=lambda: None))
+    monkeypatch.setattr(modelscope, "dataset_snapshot_download", lambda *_, **__: str(shards))
+    assert len(list(documents("arxiv:2@modelscope"))) == len(TEXTS)
 
 
 def test_from_modelscope_shard_by_shard(tmp_path, shards, monkeypatch):
