@@ -10,7 +10,7 @@ import pytest
 
 from dalm_utils import documents as module
 from dalm_utils.documents import LONGEST_LINE, Skips, documents, drop_near_copies, split_of
-from tests.helpers import TEXTS
+from tests.helpers import PATIENCE, TEXTS
 
 
 def write_lines(path, lines):
@@ -179,11 +179,13 @@ def test_docstrings_are_many_and_no_two_alike():
 
 
 def test_processes_that_read_docstrings_end_with_the_one_that_was_killed():
-    code = "import time; from dalm_utils.documents import docstrings\n"
-    code += "for text in docstrings(['networkx']): print('begun', flush=True); time.sleep(60)"
-    reader = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    code = "import sys; from dalm_utils.documents import docstrings\n"
+    code += "for text in docstrings(['networkx']): print('begun', flush=True); sys.stdin.read()"
+    reader = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
     assert reader.stdout.readline() == b"begun\n"
     helpers = psutil.Process(reader.pid).children(recursive=True)
     reader.kill()
     reader.communicate()
-    assert helpers and not psutil.wait_procs(helpers, timeout=20)[1]
+    assert helpers and not psutil.wait_procs(helpers, timeout=PATIENCE)[1]

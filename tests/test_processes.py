@@ -14,8 +14,8 @@ from dalm_utils import load_diffusion, train
 from dalm_utils.checkpoint import History, RunFolder, is_whole
 from dalm_utils.config import PROJECT
 from dalm_utils.run import Run
-from tests.helpers import tiny_base, tiny_config, tiny_diffusion
-from tests.processes import PATIENCE, Gate, Meeting, exit_codes, last_step, start_many
+from tests.helpers import PATIENCE, tiny_base, tiny_config, tiny_diffusion
+from tests.processes import Gate, Meeting, exit_codes, last_step, start_many
 
 STEPS = dict(steps=24, log_every=2, eval_every=6, save_every=4, sample_every=12)
 FSDP = {
