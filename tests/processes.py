@@ -22,11 +22,10 @@ from torch.distributed import TCPStore
 
 from dalm_utils import save_diffusion, train, training
 from dalm_utils.history import History
-from tests.helpers import tiny_config, tiny_diffusion
+from tests.helpers import PATIENCE, tiny_config, tiny_diffusion
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.processes"])
-PATIENCE = 600  # seconds until a process counts as hung: far beyond what a slow machine needs
 LOOPBACK = "127.0.0.1"
 
 

@@ -4,7 +4,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -257,25 +256,34 @@ def test_a_failed_build_leaves_nothing(tmp_path):
     assert visible(tmp_path / "cache") == []
 
 
+HELD = """
+import sys
+from transformers import AutoTokenizer
+from dalm_utils import corpus
+
+pack, batches, corpus.BATCH, corpus.THREADS = corpus._pack, iter(range(1000)), 500, 1
+
+def held(*given):
+    if next(batches) == 5:
+        print("held", flush=True)
+        sys.stdin.readline()
+    return pack(*given)
+
+corpus._pack = held
+corpus.load_corpus(sys.argv[2], AutoTokenizer.from_pretrained(sys.argv[1]), cache=sys.argv[3])
+"""
+
+
 @pytest.fixture
-def slow(tmp_path):
-    """Starts a process that prepares a text, slowly, and waits until it is in the middle of it."""
+def held(tmp_path):
+    """Starts a process that prepares a text, and holds it in the middle of that until it gets a line to read."""
     source, begun = write_lines(tmp_path / "t.jsonl", MANY), []
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
 
-    def start(cache, pause):
-        code = (
-            "import sys, time; from dalm_utils import corpus; from transformers import AutoTokenizer\n"
-            "pack, corpus.BATCH, corpus.THREADS = corpus._pack, 500, 1\n"
-            f"corpus._pack = lambda *given: time.sleep({pause}) or pack(*given)\n"
-            "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
-            "corpus.load_corpus(sys.argv[2], tokenizer, cache=sys.argv[3])"
-        )
-        command = [sys.executable, "-c", code, str(tmp_path / "tokenizer"), source, str(cache)]
-        begun.append(subprocess.Popen(command, stderr=subprocess.PIPE))
-        while not list(cache.glob("*.unfinished/train.bin")):
-            assert begun[-1].poll() is None, begun[-1].stderr.read().decode()
-            time.sleep(0.05)
+    def start(cache):
+        command = [sys.executable, "-c", HELD, str(tmp_path / "tokenizer"), source, str(cache)]
+        begun.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        assert begun[-1].stdout.readline() == b"held\n" and list(cache.glob("*.unfinished/train.bin"))
         return source, begun[-1]
 
     yield start
@@ -285,8 +293,8 @@ def slow(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_preparation_begins_again_cleanly(tmp_path, slow):
-    source, process = slow(tmp_path / "cache", pause=0.5)
+def test_a_killed_preparation_begins_again_cleanly(tmp_path, held):
+    source, process = held(tmp_path / "cache")
     process.kill()
     process.wait()
     (left,) = visible(tmp_path / "cache")
@@ -298,9 +306,14 @@ def test_a_killed_preparation_begins_again_cleanly(tmp_path, slow):
 
 
 @pytest.mark.slow
-def test_a_second_process_waits_for_the_first_and_takes_what_it_made(tmp_path, slow, monkeypatch, capsys):
-    source, process = slow(tmp_path / "cache", pause=0.01)
+def test_a_second_process_waits_for_the_first_and_takes_what_it_made(tmp_path, held, monkeypatch):
+    def let_go(message, file):
+        assert "another process is preparing" in message
+        process.stdin.write(b"go\n")
+        process.stdin.flush()
+
+    source, process = held(tmp_path / "cache")
     monkeypatch.setattr(corpus, "_write", None)
+    monkeypatch.setattr(corpus.tqdm, "write", let_go)  # it says that it waits
     made = load_corpus(source, tiny_tokenizer(), cache=tmp_path / "cache")
     assert process.wait() == 0 and sum(made.facts["documents"].values()) == len(MANY)
-    assert "another process is preparing" in capsys.readouterr().err

@@ -14,8 +14,8 @@ from dalm_utils.checkpoint import RunFolder, is_whole
 from dalm_utils.config import PROJECT
 from dalm_utils.history import History
 from dalm_utils.objective import Batch
-from tests.helpers import opened, tiny_base, tiny_config, tiny_diffusion
-from tests.processes import PATIENCE, Gate, Meeting, exit_codes, last_step, start_many
+from tests.helpers import PATIENCE, opened, tiny_base, tiny_config, tiny_diffusion
+from tests.processes import Gate, Meeting, exit_codes, last_step, start_many
 
 pytestmark = pytest.mark.slow
 

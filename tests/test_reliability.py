@@ -24,8 +24,8 @@ from dalm_utils import checkpoint, train
 from dalm_utils.checkpoint import RunFolder, is_whole, write_whole
 from dalm_utils.config import PROJECT
 from dalm_utils.history import History
-from tests.helpers import comparable, tiny_base, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
-from tests.processes import PATIENCE, Gate, Strike, exit_codes, last_step, start
+from tests.helpers import PATIENCE, comparable, tiny_base, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
+from tests.processes import Gate, Strike, exit_codes, last_step, start
 
 LONG = dict(steps=60, save_every=3, log_every=2, eval_every=10, anneal_steps=30, dropout=0.1)
 CALLS = 100_000  # and returns of Python and C functions: three steps of it with the checkpoint, which is half of them
