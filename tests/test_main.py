@@ -12,8 +12,9 @@ import pytest
 
 from dalm_utils import load_corpus, nelbo, sampling, save_diffusion
 from dalm_utils.__main__ import main
-from dalm_utils.checkpoint import History, RunFolder
+from dalm_utils.checkpoint import RunFolder
 from dalm_utils.config import PROJECT
+from dalm_utils.history import History
 from dalm_utils.quality import infilling
 from tests.helpers import TEXTS, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
 
@@ -212,12 +213,12 @@ def test_settings_may_stand_behind_an_option(workplace):
     before, behind = ["log_every=2", "sample_every=0"], ["name=behind", "steps=4"]
     assert main(["train", "gpt2", *before, "--profile", "laptop", *behind, "--fresh"]) == 0
     config = json.loads((workplace / "runs" / "behind" / "config.json").read_text())
-    assert (config["log_every"], config["steps"]) == (2, 4)
+    assert (config["log_every"], config["total_steps"]) == (2, 4)
 
 
 @pytest.mark.slow
 def test_a_notebook_runs_with_progress_and_becomes_a_page(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("dalm_utils.__main__.PROJECT", tmp_path)
+    monkeypatch.setattr("dalm_utils.scripts.notebook.PROJECT", tmp_path)
     sources = ["import sys", "print('busy', file=sys.stderr)", "print('where to look')"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
     nbformat.write(notebook, tmp_path / "small.ipynb")
@@ -263,7 +264,7 @@ def test_a_notebook_that_is_stopped_ends_its_step_and_says_how_to_go_on(tmp_path
 
 @pytest.mark.slow
 def test_a_failing_notebook_says_which_line_and_keeps_the_stored_one(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("dalm_utils.__main__.PROJECT", tmp_path)
+    monkeypatch.setattr("dalm_utils.scripts.notebook.PROJECT", tmp_path)
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")]), tmp_path / "bad.ipynb")
     assert main(["notebook", str(tmp_path / "bad.ipynb")]) == 1
     error = capsys.readouterr().err
