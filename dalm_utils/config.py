@@ -28,6 +28,11 @@ def cache_folder() -> Path:
     return PROJECT / (os.environ.get("DALM_CACHE") or "data/cache")
 
 
+def runs_folder() -> Path:
+    """Where runs are kept: `DALM_RUNS` if it is set, else checkpoints/runs of the project."""
+    return PROJECT / (os.environ.get("DALM_RUNS") or RunConfig.runs)
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Every setting of one training run. Immutable: use `replace` to make a changed copy."""

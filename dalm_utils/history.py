@@ -24,12 +24,13 @@ class History:
     path: Path | None = None
     records: list[dict] = field(default_factory=list)
     behind: bool = False  # the file lacks records, because the disk refused them
+    stopped_by: int | None = None  # the signal that stopped training before its last step
 
     @classmethod
     def load(cls, path: Path) -> History:
         """Read a file back; a last line that a crash cut short is dropped."""
         records = []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
             try:
                 records.append(json.loads(line))
             except ValueError:
