@@ -209,6 +209,10 @@ class Restored:
         """Mean over blocks of "nll" or "accuracy" at each time, and its standard error: `[T]` each."""
         return _mean_and_error(getattr(self, what))
 
+    def difference(self, other: Restored, what: str) -> tuple[np.ndarray, np.ndarray]:
+        """self - other on the same blocks: the mean at each time, and the standard error of the paired difference."""
+        return _mean_and_error(getattr(self, what) - getattr(other, what))
+
 
 def _mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     count = (~np.isnan(values)).sum(-1)

@@ -75,12 +75,12 @@ class History:
         return sum(values) / len(values)
 
     def tokens_until(self, key: str, value: float) -> float | None:
-        """The tokens after which `key` first fell to `value`, on straight lines between records; None: it never did."""
+        """The number of tokens after which `key` first fell to `value`, interpolated linearly; None if it never did."""
         tokens, values = self.series(key, "tokens")
         for i, reached in enumerate(values):
             if reached <= value:
                 if i == 0:
                     return float(tokens[0])
-                share = (values[i - 1] - value) / (values[i - 1] - reached)
-                return tokens[i - 1] + share * (tokens[i] - tokens[i - 1])
+                fraction = (values[i - 1] - value) / (values[i - 1] - reached)
+                return tokens[i - 1] + fraction * (tokens[i] - tokens[i - 1])
         return None
