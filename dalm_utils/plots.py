@@ -354,7 +354,7 @@ def strip(samples: Samples, tokenizer, row: int = 0, frames: int = 5, width: int
     keep = [i for i in range(len(born)) if samples.shown[row, i + 1]]
     pieces = [tokenizer.decode([samples.tokens[row, i + 1].item()]) for i in keep]
     cuts = [round(total * frame / (frames - 1)) for frame in range(frames)]
-    figure, axes = plt.subplots(frames, 1, figsize=(0.105 * width, 0.2))
+    figure, axes = plt.subplots(frames, 1, figsize=(CHARACTER * width, 0.2))
     before, lines = 0, 1
     for axis, cut in zip(axes, cuts, strict=True):
         states = [
@@ -364,7 +364,7 @@ def strip(samples: Samples, tokenizer, row: int = 0, frames: int = 5, width: int
         lines = _paragraph(axis, list(zip(pieces, states, strict=True)), width)
         axis.set_title(f"after {cut} of {total} passes", loc="left", fontsize=9)
         before = cut
-    figure.set_size_inches(0.105 * width, frames * (0.2 * lines + 0.3))
+    figure.set_size_inches(CHARACTER * width, frames * (0.2 * lines + 0.3))
     _show(figure)
 
 
@@ -377,12 +377,13 @@ def restored_text(before: str, pieces: list[tuple[str, bool]], after: str, width
     """
     states = {True: "right", False: "wrong"}
     parts = [(before, "given"), *((text, states[right]) for text, right in pieces), (after, "given")]
-    figure, axis = plt.subplots(figsize=(0.105 * width, 1))
+    figure, axis = plt.subplots(figsize=(CHARACTER * width, 1))
     lines = _paragraph(axis, parts, width)
-    figure.set_size_inches(0.105 * width, 0.2 * lines + 0.3)
+    figure.set_size_inches(CHARACTER * width, 0.2 * lines + 0.3)
     _show(figure)
 
 
+CHARACTER = 0.079  # inches per character of a paragraph, at its font size
 INKS = {"given": "#111111", "old": "#111111", "masked": GREY, "new": ORANGE, "right": GREEN, "wrong": RED}
 
 
@@ -400,7 +401,7 @@ def _paragraph(axis, pieces: list[tuple[str, str]], width: int) -> int:
                 axis.add_patch(box)
             else:
                 plain = "".join(c if c.isprintable() else "·" for c in word).replace("$", r"\$")
-                axis.text(column, -line - 0.42, plain, family="monospace", fontsize=8, va="center", color=INKS[state])
+                axis.text(column, -line - 0.42, plain, family="monospace", fontsize=9, va="center", color=INKS[state])
             column += len(word)
     axis.set(xlim=(0, width), ylim=(-line - 1.1, 0.1))
     axis.axis("off")
