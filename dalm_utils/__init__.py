@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .backbone import as_diffusion, check_attention, load_base, load_diffusion, save_diffusion
     from .config import RunConfig, load_config
     from .corpus import load_corpus
-    from .evaluation import Estimate, ar_nll, continuation_nelbo, nelbo, paired_difference
+    from .evaluation import Estimate, Restored, ar_nll, by_time, continuation_nelbo, nelbo, paired_difference
     from .history import History
     from .hubs import BASES
     from .objective import DiffusionLoss, corrupt, diffusion_loss, sample_times
@@ -31,6 +31,7 @@ __all__ = [
     "DiffusionLoss",
     "Estimate",
     "History",
+    "Restored",
     "RunConfig",
     "Samples",
     "anneal_ratio",
@@ -38,6 +39,7 @@ __all__ = [
     "ar_nll",
     "as_diffusion",
     "build",
+    "by_time",
     "check_attention",
     "continuation_nelbo",
     "corrupt",

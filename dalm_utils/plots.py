@@ -368,17 +368,14 @@ def strip(samples: Samples, tokenizer, row: int = 0, frames: int = 5, width: int
     _show(figure)
 
 
-def restored_text(before: str, pieces: list[tuple[str, bool]], after: str, width: int = 96) -> None:
-    """A passage whose tokens were hidden and restored: right ones green, wrong ones red, what was given black.
+def restored_text(pieces: list[tuple[str, str]], width: int = 96) -> None:
+    """A passage some of whose tokens were hidden and restored: right ones green, wrong ones red, given ones black.
 
     Args:
-        before, after: the given text around the passage.
-        pieces: the text of each restored token, and whether it is the author's.
+        pieces: the text of each token, and "given", "right" or "wrong".
     """
-    states = {True: "right", False: "wrong"}
-    parts = [(before, "given"), *((text, states[right]) for text, right in pieces), (after, "given")]
     figure, axis = plt.subplots(figsize=(CHARACTER * width, 1))
-    lines = _paragraph(axis, parts, width)
+    lines = _paragraph(axis, pieces, width)
     figure.set_size_inches(CHARACTER * width, 0.2 * lines + 0.3)
     _show(figure)
 

@@ -204,7 +204,8 @@ def test_the_strip_draws_each_token_masked_then_new_then_old(shown):
 
 
 def test_restored_text_colours_right_and_wrong_tokens(shown):
-    plots.restored_text("the mean of", [(" an", True), (" old", False)], " array\nof $x$", width=20)
+    pieces = [("the mean of", "given"), (" an", "right"), (" old", "wrong"), (" array\nof $x$", "given")]
+    plots.restored_text(pieces, width=20)
     (axis,) = shown[0].axes
     drawn = {text.get_text(): text.get_color() for text in axis.texts}
     assert drawn[" an"] == plots.GREEN and drawn[" old"] == plots.RED and r"of \$x\$" in drawn
