@@ -98,10 +98,7 @@ class RunConfig:
     def __post_init__(self):
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            _check_type(field.name, value, hints[field.name])
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{field.name} must be a finite number, got {value}")
+            _check_type(field.name, getattr(self, field.name), hints[field.name])
         for name in (
             "length",
             "batch",
@@ -139,6 +136,9 @@ class RunConfig:
             raise ValueError("runs must name a folder, got ''")
         if self.length < 2:
             raise ValueError(f"length must be at least 2 (a begin token and one more), got {self.length}")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value}")
         if self.name in ("", ".", "..") or any(sign in self.name for sign in ("/", "\\", "\0")):
             raise ValueError(f"name must be the name of one folder inside of {self.runs!r}, got {self.name!r}")
         if not self.runs.strip():
