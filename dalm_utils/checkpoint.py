@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -15,19 +16,19 @@ from dataclasses import fields
 from pathlib import Path
 
 import filelock
-import torch
-from safetensors import SafetensorError
 
 from .config import RunConfig
 
 MANIFEST = "manifest.json"  # in every folder that `write_whole` wrote, and in no other
 CHECKPOINT = r"step-(?:\d{6}|[1-9]\d{6,})"
 TEMPORARY = re.compile(rf"\.(?:(best|{CHECKPOINT})\.(unfinished|old)|(?:config\.json|history\.jsonl)\.unfinished)")
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what a full or read-only disk raises, library by library
 RUN_KEYS = ("model", "corpus", "total_steps")  # in the config.json of every run, and not of a model
 FRESH = "pass resume='never', in a terminal --fresh"
 DEFAULTS = {field.name: field.default for field in fields(RunConfig)}
 MACHINE_KEYS = ("seconds", "tokens_per_second", "memory", "eta")  # of a record: they differ when a run is repeated
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}  # what a disk that refuses to write answers
+PROBE = 2**20  # bytes
 
 
 # ---------------------------------------------------------------------------------------- whole or absent
@@ -37,6 +38,7 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> Path:
     An error, or an interruption, leaves what was there untouched, and no half-written folder behind.
 
     Raises:
+        OSError: the disk refused to write, whatever the library that noticed made of it.
         FileExistsError: what is there was not written by this function.
     """
     if _is_foreign(folder):
@@ -50,8 +52,11 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> Path:
         digests = {path.relative_to(beside).as_posix(): _digest(path) for path in files}
         write_file(beside / MANIFEST, json.dumps(digests, indent=1))
         sync(*beside.rglob("*"), beside)
-    except BaseException:
-        _delete(beside)
+    except BaseException as error:
+        try:
+            _raise_hidden_refusal(error, beside)
+        finally:
+            _delete(beside)
         raise
     if folder.exists():  # a folder cannot be renamed onto another: the old one steps aside, see `_recover`
         _discard(old, folder)
@@ -103,6 +108,25 @@ def _is_foreign(folder: Path) -> bool:
     if folder.is_dir():
         return any(folder.iterdir()) and not (folder / MANIFEST).is_file()
     return folder.exists()
+
+
+def _raise_hidden_refusal(error: BaseException, folder: Path) -> None:
+    """Raise OSError if the disk refused to write, and a library made an error of its own kind of it.
+
+    There are two ways to find out. Libraries written in Rust, one of which deletes its own half-written file, quote the
+    number of the system's error. For others the disk is asked for a few more bytes, past the end of the longest file in
+    `folder`, while what was written there still fills it.
+    """
+    if isinstance(error, OSError) or not isinstance(error, Exception):
+        return
+    quoted = re.search(r"\(os error (\d+)\)", str(error))
+    if quoted and int(quoted[1]) in FULL:
+        raise OSError(int(quoted[1]), os.strerror(int(quoted[1]))) from error
+    with (folder / ".probe").open("wb") as probe:
+        probe.seek(max(path.stat().st_size for path in folder.rglob("*")))
+        probe.write(bytes(PROBE))
+        probe.flush()
+        os.fsync(probe.fileno())
 
 
 def _delete(path: Path) -> None:
@@ -229,10 +253,8 @@ class RunFolder:
         try:
             write_whole(self.path / name, fill)
             return True
-        except torch.OutOfMemoryError:
-            raise  # a RuntimeError too, but not the disk's
-        except WRITE_ERRORS as error:
-            reason = getattr(error, "strerror", None) or first_line(error)
+        except OSError as error:
+            reason = error.strerror or first_line(error)
             newest = next((folder.name for folder in reversed(self.checkpoints())), "none yet")
             warn(f"{name} could not be written ({reason}); training goes on. The newest whole checkpoint: {newest}")
             return False

@@ -1,13 +1,20 @@
+import contextlib
 import errno
+import itertools
+import mmap
+import os
+import resource
+import subprocess
 
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from dalm_utils import train
 from dalm_utils.checkpoint import RunFolder, is_whole, write_whole
 from dalm_utils.history import History
-from tests.helpers import tiny_config, tiny_diffusion, tiny_model
+from tests.helpers import tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
 
 SETTINGS = {"model": "tiny", "corpus": "abc", "total_steps": 12}
 
@@ -265,40 +272,107 @@ def test_a_history_that_the_disk_refuses_waits_in_memory(tmp_path, capsys):
     assert [record["step"] for record in History.load(history.path).records] == [1, 2, 3]
 
 
-@pytest.mark.parametrize(
-    "error, reason",
-    [
-        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
-        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
-        (OSError(errno.EROFS, "Read-only file system"), "Read-only file system"),
-        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), "PytorchStreamWriter"),
-        (SafetensorError("Error while serializing: I/O error"), "Error while serializing"),
-        (RuntimeError(), "RuntimeError"),
-    ],
-)
-def test_a_disk_that_refuses_is_told_and_the_last_good_checkpoint_stays(tmp_path, capsys, error, reason):
+# ------------------------------------------------------------------------------------- a disk that refuses
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT])
+def test_a_disk_that_refuses_is_told_and_the_last_good_checkpoint_stays(tmp_path, capsys, number):
     write(tmp_path / "step-000001")
 
     def fill(folder):
         (folder / "weights").write_text("half")
-        raise error
+        raise OSError(number, os.strerror(number))
 
     assert RunFolder(tmp_path).write("step-000002", fill) is False
     told = capsys.readouterr().err
-    assert f"step-000002 could not be written ({reason}" in told
+    assert f"step-000002 could not be written ({os.strerror(number)})" in told
     assert "training goes on. The newest whole checkpoint: step-000001" in told
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"] and is_whole(tmp_path / "step-000001")
 
 
-def test_a_mistake_in_the_program_is_no_full_disk(tmp_path):
-    with pytest.raises(TypeError):
-        RunFolder(tmp_path).write("step-000001", lambda folder: len(3))
-    assert not list(tmp_path.iterdir())
+class LibraryError(Exception):
+    """Of a library that does not say what happened."""
 
 
-def test_memory_that_is_full_is_no_disk_that_refuses(tmp_path):
+def tells_nothing(folder):
+    with contextlib.suppress(OSError):
+        (folder / "weights").write_bytes(bytes(10_000))
+    raise LibraryError
+
+
+@pytest.mark.parametrize(
+    "fill",
+    [
+        lambda folder: (folder / "weights").write_bytes(bytes(10_000)),
+        lambda folder: save_file({"weight": torch.zeros(10_000)}, folder / "weights.safetensors"),
+        lambda folder: torch.save(torch.zeros(10_000), folder / "weights.pt"),
+        lambda folder: tiny_tokenizer().save_pretrained(folder),
+        lambda folder: tiny_model().save_pretrained(folder),
+        tells_nothing,
+    ],
+    ids=["python", "safetensors", "torch", "tokenizers", "transformers", "unknown"],
+)
+def test_a_full_disk_is_recognised_whatever_the_library_makes_of_it(tmp_path, capsys, fill):
+    """The kernel refuses to let a file grow beyond 4,000 bytes."""
+    write(tmp_path / "step-000001")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, hard))
+    try:
+        assert RunFolder(tmp_path).write("step-000002", fill) is False
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "step-000002 could not be written (File too large); training goes on" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that mounts an empty disk of some bytes; only root can."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    @contextlib.contextmanager
+    def mounted(size):
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True)
+        if done.returncode != 0:
+            pytest.skip(f"no disk can be mounted here: {done.stderr.decode()}")
+        try:
+            yield place
+        finally:
+            subprocess.run(["umount", place], check=True)
+
+    return mounted
+
+
+def test_a_disk_may_fill_in_any_file_of_a_checkpoint(tmp_path, monkeypatch, capsys, small_disk):
+    """Disks of one more page each, until the checkpoint of a run fits."""
+    fills = {}
+    monkeypatch.setattr(RunFolder, "write", lambda folder, name, fill: not fills.update({name: fill}))
+    train(*tiny_diffusion(), tiny_config(tmp_path))
+    monkeypatch.undo()
+    for pages in itertools.count(2):
+        with small_disk(pages * mmap.PAGESIZE) as disk:
+            if RunFolder(disk).write("step-000012", fills["step-000012"]):
+                files = content(disk / "step-000012")
+                break
+            assert not list(disk.iterdir())
+            assert "step-000012 could not be written (No space left on device)" in capsys.readouterr().err
+    assert pages >= sum(-(-len(data) // mmap.PAGESIZE) for data in files.values()) >= len(files) >= 8
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TypeError("object of type 'int' has no len()"),
+        RuntimeError(),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+        SafetensorError("Error while serializing: invalid shape"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ],
+)
+def test_a_mistake_in_the_program_is_no_full_disk(tmp_path, error):
     def fill(folder):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        (folder / "weights").write_text("half")
+        raise error
 
-    with pytest.raises(torch.OutOfMemoryError):
-        RunFolder(tmp_path).write("step-000002", fill)
+    with pytest.raises(type(error)) as raised:
+        RunFolder(tmp_path).write("step-000001", fill)
+    assert raised.value is error and not list(tmp_path.iterdir())
