@@ -28,6 +28,7 @@ DEFAULTS = {field.name: field.default for field in fields(RunConfig)}
 MACHINE_KEYS = ("seconds", "tokens_per_second", "memory", "eta")  # of a record: they differ when a run is repeated
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}  # what a disk that refuses to write answers
+CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # what one answers that cannot sync folders
 PROBE = 2**20  # bytes
 
 
@@ -89,11 +90,20 @@ def write_file(path: Path, text: str) -> None:
 
 
 def sync(*paths: Path) -> None:
-    """Flush files and folders to the disk, so that they survive a power cut."""
+    """Flush files and folders to the disk, so that they survive a power cut.
+
+    Some network disks cannot flush a folder, and Windows cannot even open one: there, only files are flushed.
+    """
     for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
+        is_folder = path.is_dir()
+        if is_folder and os.name == "nt":
+            continue
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if not (is_folder and error.errno in CANNOT_SYNC):
+                raise
         finally:
             os.close(descriptor)
 

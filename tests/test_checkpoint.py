@@ -4,6 +4,7 @@ import itertools
 import mmap
 import os
 import resource
+import stat
 import subprocess
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dalm_utils import train
-from dalm_utils.checkpoint import RunFolder, is_whole, write_whole
+from dalm_utils.checkpoint import RunFolder, is_whole, sync, write_whole
 from dalm_utils.history import History
 from tests.helpers import tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
 
@@ -376,3 +377,41 @@ def test_a_mistake_in_the_program_is_no_full_disk(tmp_path, error):
     with pytest.raises(type(error)) as raised:
         RunFolder(tmp_path).write("step-000001", fill)
     assert raised.value is error and not list(tmp_path.iterdir())
+
+
+def refusing_to_sync(number, folders):
+    """An os.fsync that fails for folders, or else for files, as some network disks do."""
+    fsync = os.fsync
+
+    def sync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == folders:
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    return sync
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_disk_that_cannot_sync_folders_takes_checkpoints(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(os, "fsync", refusing_to_sync(number, folders=True))
+    for _ in range(2):
+        assert RunFolder(tmp_path).write("step-000001", lambda folder: (folder / "weights").write_text("x"))
+    assert is_whole(tmp_path / "step-000001")
+
+
+@pytest.mark.parametrize("number, folders", [(errno.EIO, True), (errno.ENOSPC, True), (errno.EINVAL, False)])
+def test_other_refusals_to_sync_are_told(tmp_path, monkeypatch, capsys, number, folders):
+    monkeypatch.setattr(os, "fsync", refusing_to_sync(number, folders))
+    assert not RunFolder(tmp_path).write("step-000001", lambda folder: (folder / "weights").write_text("x"))
+    assert f"could not be written ({os.strerror(number)})" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_windows_is_not_asked_to_sync_a_folder(tmp_path, monkeypatch):
+    file = tmp_path / "weights"
+    file.write_text("x")
+    opened = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "name", "nt")
+        patch.setattr(os, "open", lambda path, flags, open=os.open: opened.append((path, flags)) or open(path, flags))
+        sync(file, tmp_path)
+    assert opened == [(file, os.O_RDWR)]  # Windows flushes only what was opened for writing
