@@ -19,6 +19,11 @@ import filelock
 
 from .config import RunConfig
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 MANIFEST = "manifest.json"  # in every folder that `write_whole` wrote, and in no other
 CHECKPOINT = r"step-(?:\d{6}|[1-9]\d{6,})"
 TEMPORARY = re.compile(rf"\.(?:(best|{CHECKPOINT})\.(unfinished|old)|(?:config\.json|history\.jsonl)\.unfinished)")
@@ -30,6 +35,7 @@ MACHINE_KEYS = ("seconds", "tokens_per_second", "memory", "eta")  # of a record:
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}  # what a disk that refuses to write answers
 CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # what one answers that cannot sync folders
 PROBE = 2**20  # bytes
+LOCK_WAIT = 1.0  # seconds; a process that calls `is_claimed` holds a lock for a moment
 
 
 # ---------------------------------------------------------------------------------------- whole or absent
@@ -213,7 +219,7 @@ class RunFolder:
             raise ValueError(f"resume must be auto or never, got {resume!r}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=LOCK_WAIT)
         except filelock.Timeout:
             raise RuntimeError(
                 f"another process is writing to the run {self.path.name!r}; wait for it or stop it, "
@@ -234,12 +240,27 @@ class RunFolder:
         self._lock.release()
 
     def is_claimed(self) -> bool:
-        """Whether some process is writing here now."""
+        """Whether some process is writing here now. Needs no permission to write, and keeps no process from starting.
+
+        A shared lock fails only if a writer holds its own, and `open` waits for longer than it is held here.
+        """
+        if fcntl is None:
+            try:
+                with self._lock.acquire(timeout=0):
+                    return False
+            except filelock.Timeout:
+                return True
         try:
-            with self._lock.acquire(timeout=0):
-                return False
-        except filelock.Timeout:
+            lock = os.open(self._lock.lock_file, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+        except OSError:
             return True
+        finally:
+            os.close(lock)
 
     # -- checkpoints ------------------------------------------------------------------------------------
     def checkpoints(self) -> list[Path]:

@@ -1,18 +1,21 @@
 import contextlib
 import errno
+import fcntl
 import itertools
 import mmap
 import os
 import resource
 import stat
 import subprocess
+import threading
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from dalm_utils import train
+from dalm_utils import checkpoint, train
 from dalm_utils.checkpoint import RunFolder, is_whole, sync, write_whole
 from dalm_utils.history import History
 from tests.helpers import tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
@@ -112,6 +115,52 @@ def test_a_folder_belongs_to_one_writer_and_one_config(tmp_path):
     assert not second.is_claimed()
     RunFolder(tmp_path / "run").open(SETTINGS | {"seed": 2}, "never")
     assert (tmp_path / "run.old1" / "config.json").exists()
+
+
+@contextlib.contextmanager
+def read_only(folder):
+    """Nobody may write in a folder; root, who may always, becomes another user for as long."""
+    paths = [folder, *folder.rglob("*")]
+    modes = [path.stat().st_mode for path in paths]
+    for path in paths:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        for path, mode in zip(paths, modes, strict=True):
+            path.chmod(mode)
+
+
+def test_reading_a_run_needs_no_permission_to_write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the folders above may be closed to other users
+    begun(Path("run"), 4)
+    write(Path("runs") / "copied" / "step-000004")  # nobody ever claimed this one
+    with read_only(tmp_path):
+        with pytest.raises(PermissionError):
+            Path("written").touch()
+        folder = RunFolder(Path("run"))
+        assert not folder.is_claimed() and folder.settings() == SETTINGS
+        assert [path.name for path in folder.checkpoints()] == ["step-000004"] and is_whole(folder.checkpoints()[0])
+        assert not RunFolder(Path("runs/copied")).is_claimed()
+    assert not list(Path("runs").glob(".*"))
+
+
+def test_looking_at_a_run_keeps_nobody_from_starting_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "LOCK_WAIT", 60)
+    run = begun(tmp_path / "run")
+    with (tmp_path / ".run.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)  # somebody is looking
+        assert not RunFolder(run).is_claimed()  # and sees no writer in another who looks
+        looked = threading.Timer(0.2, fcntl.flock, (lock, fcntl.LOCK_UN))
+        looked.start()
+        folder, _ = opened(run)
+        looked.join()
+    assert RunFolder(run).is_claimed()
+    folder.close()
 
 
 def test_replacing_keeps_one_and_pruning_spares_best(tmp_path):
