@@ -142,7 +142,7 @@ def test_what_is_written_is_on_the_disk_before_it_takes_its_place(tmp_path, monk
         fsync(descriptor)
 
     def watched_rename(source, target):
-        if source.name == "best.unfinished":
+        if source.name == ".best.unfinished":
             moved.append({path.stat().st_ino for path in (source, *source.iterdir())} <= synced)
         return rename(source, target)
 
