@@ -28,7 +28,7 @@ def docstrings_of(path: str) -> list[str]:
 
 def _statements(tree: ast.Module) -> list[ast.AST]:
     """A module and its statements at every depth. Expressions, most of the tree, hold no docstrings."""
-    nodes = [tree]
+    nodes: list[ast.AST] = [tree]
     for node in nodes:  # the list grows while it is read
         for branch in ("body", "handlers", "orelse", "finalbody", "cases"):
             nodes += getattr(node, branch, ())

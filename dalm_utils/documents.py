@@ -249,7 +249,7 @@ def _parse_json_line(raw: bytes, field: str) -> str:
 
 
 def _text_of(record: dict | bytes, field: str) -> str:
-    if record == b"":
+    if isinstance(record, bytes):
         raise ValueError("empty document")
     if field == "text" and field not in record and arxiv.FIELD in record:
         field = arxiv.FIELD
@@ -385,7 +385,8 @@ def split_few(texts: Iterable[str]) -> tuple[str, Callable[[str], str]]:
     and differ in numbers: then the exact texts count, by rank in a text of few documents, by `HELD_OUT` in others.
     Of two documents one is for training and one for validation.
     """
-    same_words, exact = Counter(), []
+    same_words: Counter[str] = Counter()
+    exact: list[str] = []
     for text in texts:
         same_words[digest(normalise(text))] += 1
         if len(exact) < FEW:
