@@ -40,7 +40,7 @@ from .backbone import DTYPES, as_diffusion, load_base, mask_id_of, pick_precisio
 from .checkpoint import History, RunFolder
 from .config import FREE_FIELDS, RunConfig
 from .corpus import load_corpus, tokenizer_digest
-from .evaluation import ar_nll, nelbo, stack
+from .evaluation import ar_nll, nelbo
 from .objective import corrupt, default_maskable, diffusion_loss, require_mask_id, sample_times, seeded
 from .sampling import generate
 from .stability import MOST_ROLLBACKS, SATURATED, SLOWER, Unstable, Watch
@@ -104,7 +104,7 @@ class Run:
         self._check_model()
         corpus = load_corpus(config.text, tokenizer, field=config.field)  # one process prepares it, the others wait
         self.blocks = corpus.blocks("train", config.length, config.train_blocks)
-        self.held_out = stack(corpus.blocks("validation", config.length, config.eval_blocks))  # [N, L], read once
+        self.held_out = corpus.blocks("validation", config.length, config.eval_blocks)
         self.global_batch = config.batch * config.accumulate * accelerator.num_processes
         self.total = config.steps or math.ceil(config.epochs * len(self.blocks) / self.global_batch)
         self.precision = pick_precision(config.precision, accelerator.device)
