@@ -339,7 +339,7 @@ def _quality_figures(model, tokenizer, blocks, judge, options) -> dict:
     from .sampling import generate
 
     written = generate(model, tokenizer, length=options.length - 1, num_samples=options.quality, progress=True).tokens
-    held_out = blocks[list(range(min(options.quality, len(blocks))))]
+    held_out = blocks[: options.quality]
     figures = {"judge": options.judge}
     for name, tokens in (("written", written), ("held_out", held_out)):
         quality = vars(text_quality(judge, tokenizer, tokens))

@@ -22,7 +22,7 @@ from .config import RunConfig
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 MANIFEST = "manifest.json"  # in every folder that `write_whole` wrote, and in no other
 CHECKPOINT = r"step-(?:\d{6}|[1-9]\d{6,})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -40,6 +41,8 @@ from .documents import (
 )
 
 VERSION = 2  # of this file's output: raise it when a change alters what is written
+SAMPLE_SEED = 0  # of the blocks that a limit leaves: the same in every run, so that their scores can be compared
+PIECE = 2**16  # tokens that are searched at once for the end of a document
 BATCH = 2**18  # characters that are tokenised together: enough to keep every core busy, and 30 MB while it lasts
 THREADS = min(16, os.cpu_count() or 1)
 
@@ -48,26 +51,66 @@ THREADS = min(16, os.cpu_count() or 1)
 class Blocks:
     """Fixed-length blocks cut from one long array of tokens; position 0 of each is the begin token.
 
-    `blocks[i]` is `[L]` long; `blocks[[i, j, ...]]` is `[B, L]`.
+    `blocks[i]` is `[L]` long; `blocks[[i, j, ...]]` and `blocks[i:j]` are `[B, L]`.
+
+    Args:
+        tokens: `[T]` of integers, such as a memory-mapped file, in which every document ends with the token `begin`.
+        limit: how many blocks to draw, all equally likely and none twice; as many as there are, or None, gives all in
+            order. The sample depends on nothing but the number of blocks and the limit, so it is the same for every
+            model with the same tokenizer, and the first blocks of a sample are a smaller sample.
     """
 
     def __init__(self, tokens: np.ndarray, length: int, begin: int, limit: int | None = None):
         self.tokens, self.length, self.begin = tokens, length, begin
-        self.count = min(len(tokens) // (length - 1), limit or len(tokens))
-        if self.count == 0:
+        available = len(tokens) // (length - 1)
+        if available == 0:
             raise ValueError(f"{len(tokens)} tokens are too few for one block of {length}")
+        self.count = min(available, limit or available)
+        self.sample = None
+        if self.count < available:
+            drawn = torch.randperm(available, generator=torch.Generator().manual_seed(SAMPLE_SEED))
+            self.sample = drawn[: self.count].numpy().copy()  # without the rest of the permutation
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index) -> Tensor:
+        if isinstance(index, slice):
+            index = np.arange(self.count)[index]
         rows = np.atleast_1d(np.asarray(index))
         if rows.max(initial=0) >= self.count or rows.min(initial=0) < 0:
             raise IndexError(f"no block {rows.max() if rows.min() >= 0 else rows.min()} among {self.count}")
-        inside = rows[:, None] * (self.length - 1) + np.arange(self.length - 1)  # [B, L - 1]
+        inside = self._starts(rows)[:, None] + np.arange(self.length - 1)  # [B, L - 1]
         block = np.full((len(rows), self.length), self.begin, dtype=np.int64)
         block[:, 1:] = self.tokens[inside]
         return torch.from_numpy(block if np.ndim(index) else block[0])
+
+    def _starts(self, rows: np.ndarray) -> np.ndarray:
+        """Where the blocks of these numbers begin in `tokens`."""
+        return (rows if self.sample is None else self.sample[rows]) * (self.length - 1)
+
+    @functools.cached_property
+    def documents(self) -> np.ndarray:
+        """`[N]`: for each block the document that holds its middle, as the place in `tokens` where that one ends.
+
+        Only these documents are read, whatever the size of the file.
+        """
+        middles = self._starts(np.arange(self.count)) + (self.length - 1) // 2
+        ends = np.empty_like(middles)
+        end = -1
+        for i in np.argsort(middles):
+            if middles[i] > end:
+                end = self._end_of_document(middles[i])
+            ends[i] = end
+        return ends
+
+    def _end_of_document(self, start: int) -> int:
+        """The first place from `start` on with the begin token; the last place where there is none."""
+        for piece in range(start, len(self.tokens), PIECE):
+            found = np.flatnonzero(self.tokens[piece : piece + PIECE] == self.begin)
+            if len(found):
+                return piece + int(found[0])
+        return len(self.tokens) - 1
 
 
 @dataclass(frozen=True)
@@ -79,7 +122,9 @@ class Corpus:
     begin: int
 
     def blocks(self, split: str, length: int, limit: int | None = None) -> Blocks:
-        """Blocks of `length` tokens of a split ("train", "validation" or "test"); at most `limit`.
+        """Blocks of `length` tokens of a split ("train", "validation" or "test").
+
+        With fewer than there are, `limit` blocks are drawn from all over the split: always the same ones, see `Blocks`.
 
         Raises:
             ValueError: the split has too few tokens for a single block, or a length or limit that makes none.

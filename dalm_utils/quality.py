@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .annealing import annealed_mask
 from .backbone import begin_id, hidden_states, predicting_states
-from .evaluation import ar_nll, stack
+from .evaluation import ar_nll, documents_of, stack, standard_error
 from .head import logits_of, mask_id_of
 from .machine import autocast
 from .objective import seeded
@@ -64,21 +64,24 @@ class InfillQuality:
 
     per_block: dict[str, np.ndarray]  # [N] of each score; NaN where a gap holds no word, or pair of words, to compare
     filled: Tensor  # [N, gap] long: the tokens that the model generated
+    documents: np.ndarray | None = None  # [N] equal for blocks of the same document; None where it is not known
 
     @property
     def mean(self) -> dict[str, float]:
-        return {name: _mean_and_error(scores)[0] for name, scores in self.per_block.items()}
+        return {name: _mean_and_error(scores, self.documents)[0] for name, scores in self.per_block.items()}
 
     @property
     def stderr(self) -> dict[str, float]:
-        return {name: _mean_and_error(scores)[1] for name, scores in self.per_block.items()}
+        return {name: _mean_and_error(scores, self.documents)[1] for name, scores in self.per_block.items()}
 
 
-def _mean_and_error(scores: np.ndarray) -> tuple[float, float]:
-    """Of those that are defined; NaN where there are too few."""
-    defined = scores[~np.isnan(scores)]
-    mean = float(defined.mean()) if len(defined) else math.nan
-    return mean, float(defined.std(ddof=1)) / math.sqrt(len(defined)) if len(defined) > 1 else math.nan
+def _mean_and_error(scores: np.ndarray, documents: np.ndarray | None) -> tuple[float, float]:
+    """Of those that are defined, see `evaluation.standard_error`; NaN where there are too few."""
+    defined = ~np.isnan(scores)
+    if not defined.any():
+        return math.nan, math.nan
+    known = None if documents is None else documents[defined]
+    return float(scores[defined].mean()), standard_error(scores[defined], known)
 
 
 @torch.no_grad()
@@ -109,7 +112,7 @@ def infilling(
     Raises:
         ValueError: a gap that does not fit between a prefix and a suffix.
     """
-    blocks = stack(blocks)
+    documents, blocks = documents_of(blocks), stack(blocks)
     length = blocks.shape[1]
     if not 1 <= gap <= length - 3:
         raise ValueError(f"a gap in blocks of {length} tokens has 1 to {length - 3}, got {gap}")
@@ -123,7 +126,7 @@ def infilling(
     filled = [fill(model, tokenizer, *piece, temperature, seed + number, precision) for number, piece in bar]
     model.train(was_training)
     filled = torch.cat(filled)
-    return InfillQuality(_gap_scores(tokenizer, filled, blocks.gather(1, columns)), filled)
+    return InfillQuality(_gap_scores(tokenizer, filled, blocks.gather(1, columns)), filled, documents)
 
 
 def _fill(model, tokenizer, blocks, columns, temperature, seed, precision, order) -> Tensor:
