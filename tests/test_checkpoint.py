@@ -37,6 +37,18 @@ def the_users(files: dict) -> dict:
     return {path: text for path, text in files.items() if b"the user's" in text}
 
 
+def refusing_to_sync(number, folders):
+    """An os.fsync that fails for folders, or else for files, as some network disks do."""
+    fsync = os.fsync
+
+    def sync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == folders:
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    return sync
+
+
 def test_a_checkpoint_is_whole_or_absent(tmp_path):
     write(tmp_path / "step-000001")
 
@@ -298,6 +310,7 @@ def test_a_model_of_the_user_is_no_run(tmp_path):
     assert content(config.folder) == before and not list(tmp_path.glob("runs/*.old*"))
 
 
+# ------------------------------------------------------------------------------------------- the history
 def test_history_reads_back_what_was_written_and_drops_a_torn_line(tmp_path):
     history = History(tmp_path / "history.jsonl")
     for step in (10, 20, 30):
@@ -320,6 +333,31 @@ def test_a_history_that_the_disk_refuses_waits_in_memory(tmp_path, capsys):
     (tmp_path / "gone").mkdir()
     history.append({"step": 3})
     assert [record["step"] for record in History.load(history.path).records] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "damage", [b'{"step": 20, "lo', b"\xff\xfe\x00", b"[20]", b"20", b"null", b'{"loss": 1.0}', b""]
+)
+def test_a_damaged_line_of_a_history_costs_that_line_alone(tmp_path, capsys, damage):
+    file = tmp_path / "history.jsonl"
+    file.write_bytes(b'{"step": 10}\n' + damage + b'\n{"step": 30}\n' + damage + b'\n{"step": 50}\n{"step": 6')
+    assert [record["step"] for record in History.load(file).records] == [10, 30, 50]
+    assert f"{file}: line 2, 4 is damaged and was skipped" in capsys.readouterr().err
+    file.write_bytes(b'{"step": 10}\n' + damage)  # cut short by a crash: nothing to say
+    assert [record["step"] for record in History.load(file).records] == [10] and not capsys.readouterr().err
+
+
+def test_a_history_that_cannot_be_replaced_is_reported_and_made_up_for(tmp_path, monkeypatch, capsys):
+    """As a rollback replaces it: with fewer records than the file has."""
+    history = History(tmp_path / "history.jsonl", [{"step": 10}])
+    history.path.write_text('{"step": 10}\n{"step": 20}\n')
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refusing_to_sync(errno.ENOSPC, folders=False))
+        history.save()
+    assert "history.jsonl could not be written (No space left on device)" in capsys.readouterr().err
+    assert [record["step"] for record in History.load(history.path).records] == [10, 20]
+    history.append({"step": 15})
+    assert [record["step"] for record in History.load(history.path).records] == [10, 15]
 
 
 # ------------------------------------------------------------------------------------- a disk that refuses
@@ -426,18 +464,6 @@ def test_a_mistake_in_the_program_is_no_full_disk(tmp_path, error):
     with pytest.raises(type(error)) as raised:
         RunFolder(tmp_path).write("step-000001", fill)
     assert raised.value is error and not list(tmp_path.iterdir())
-
-
-def refusing_to_sync(number, folders):
-    """An os.fsync that fails for folders, or else for files, as some network disks do."""
-    fsync = os.fsync
-
-    def sync(descriptor):
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == folders:
-            raise OSError(number, os.strerror(number))
-        fsync(descriptor)
-
-    return sync
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
