@@ -25,19 +25,23 @@ class History:
 
     path: Path | None = None
     records: list[dict] = field(default_factory=list)
-    behind: bool = False  # the file lacks records, because the disk refused them
+    behind: bool = False  # the file is not what `records` is, because the disk refused it
     stopped_by: int | None = None  # the signal that stopped training before its last step
 
     @classmethod
     def load(cls, path: Path) -> History:
-        """Read a file back; a last line that a crash cut short is dropped."""
-        records = []
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
-        return cls(path, records)
+        """Read a file; if there is none, the history is empty.
+
+        A last line that a crash cut short is dropped. Other lines that are not records are named on stderr and skipped.
+        """
+        lines = path.read_bytes().rstrip(b"\n").split(b"\n") if path.exists() else []
+        records = [_parse(line) for line in lines]
+        if records and records[-1] is None:
+            records.pop()
+        damaged = [str(number) for number, record in enumerate(records, 1) if record is None]
+        if damaged:
+            warn(f"{path}: line {', '.join(damaged)} is damaged and was skipped")
+        return cls(path, [record for record in records if record is not None])
 
     def append(self, record: dict) -> None:
         """Add a record, also to the file. If the disk refuses it, that is reported, and the next call tries again."""
@@ -90,7 +94,7 @@ class History:
         return sum(values) / len(values)
 
     def tokens_until(self, key: str, value: float) -> float | None:
-        """The number of tokens after which `key` first fell to `value`, interpolated linearly; None if it never did."""
+        """How many tokens it took until `key` fell to `value`, by linear interpolation; None if it never did."""
         tokens, values = self.series(key, "tokens")
         for i, reached in enumerate(values):
             if reached <= value:

@@ -193,7 +193,7 @@ def test_data_smollm2_fetches_a_model_and_names_the_file(monkeypatch, capsys, tm
         (["train", "gpt2", "steps"], "not of the form field=value"),
         (["train", "gpt2", "--profile", "desktop"], "choose one of laptop, real, full"),
         (["train", "gpt2", "steps=3", "--profile", "laptop", "stepz=3", "--fresh"], "did you mean 'steps'"),
-        (["train", "gpt2", "learning_rate=nan"], "learning_rate must be a finite number, got nan"),
+        (["train", "gpt2", "learning_rate=nan"], "learning_rate must be positive, got nan"),
         (["train", "gpt2", "base=nowhere", "hub=local"], "no model 'nowhere'"),
         (["train", "gpt2", f"runs={__file__}"], "test_main.py"),
         (["status", __file__], f"no run {__file__!r}"),
