@@ -364,7 +364,7 @@ def _add_data(commands) -> None:
 
 def _data(options: argparse.Namespace) -> None:
     from .arxiv import ArxivSet
-    from .backbone import load_base
+    from .backbone import load_tokenizer
     from .corpus import load_corpus
 
     if options.text == "smollm2":
@@ -373,14 +373,17 @@ def _data(options: argparse.Namespace) -> None:
     source = f"{options.text}@{options.hub}" if options.hub else options.text
     if options.hub and ArxivSet.parse(source) is None:
         raise ValueError(f"--hub says where arxiv comes from, and {options.text!r} does not come from a hub")
-    corpus = load_corpus(source, load_base(options.tokenizer)[1], field=options.field)
+    corpus = load_corpus(source, load_tokenizer(options.tokenizer), field=options.field)
     if options.json:
         print(json.dumps({**corpus.facts, "folder": corpus.folder.name}))
         return
     print("\n".join(_describe(corpus.facts)))
-    print(f"the tokens, of {options.tokenizer}, lie in {_shown(corpus.folder)}; facts.json there says more")
+    print(f"The tokens, of {options.tokenizer}, are in {_shown(corpus.folder)}; facts.json there says more.")
     path = os.path.abspath(source) if os.path.exists(source) else source
-    print(f"to use it: DALM_TEXT={shlex.quote(path)} DALM_FIELD={shlex.quote(options.field)}")
+    settings = {"text": path, "field": options.field, "base": options.tokenizer}
+    variables = " ".join(f"DALM_{name.upper()}={shlex.quote(value)}" for name, value in settings.items())
+    print(f"To train on it in a notebook, set {variables}; in a terminal:")
+    print(f"python -m dalm_utils train gpt2 {shlex.join(f'{name}={value}' for name, value in settings.items())}")
 
 
 def _describe(facts: dict) -> list[str]:

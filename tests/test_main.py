@@ -3,6 +3,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -174,10 +175,31 @@ def test_data_says_what_is_in_a_text_and_what_was_left_out(workplace, capsys):
     assert len(splits) == 3 and sum(int(documents) for _, documents, _ in splits) == len(records)
     assert "copies dropped: 1; skipped: 1 not JSON, 1 no field 'text'" in told.out
     assert f"arxiv_train-1.jsonl:{len(lines) - 1}: not JSON" in told.out
-    assert f"DALM_TEXT={path} DALM_FIELD=text" in told.out
+    settings = {"TEXT": path, "FIELD": "text", "BASE": workplace / "base"}
+    assert " ".join(f"DALM_{name}={value}" for name, value in settings.items()) in told.out
     assert main([*asked, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert [f"{facts['tokens'][split]:,}" for split, _, _ in splits] == [tokens for _, _, tokens in splits]
+
+
+@pytest.mark.parametrize("field", ["text", "the body's"])
+def test_the_last_line_of_data_trains_on_the_text(workplace, monkeypatch, capsys, field):
+    path = workplace / "some papers.jsonl"
+    path.write_text("\n".join(json.dumps({field: f"{text} {'z' * n}"}) for n, text in enumerate(TEXTS * 5)))
+    monkeypatch.chdir(workplace)
+    asked = ["data", path.name, "--tokenizer", str(workplace / "base")]
+    assert main([*asked, *(["--field", field] if field != "text" else [])]) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert command[:3] == ["python", "-m", "dalm_utils"]
+    monkeypatch.chdir("/")
+    assert main([*command[3:], "name=pasted", "steps=2"]) == 0
+    settings = json.loads((workplace / "runs" / "pasted" / "config.json").read_text())
+    assert settings["corpus"] == load_corpus(str(path), tiny_tokenizer(), field=field).facts["digest"]
+
+
+def test_data_reads_no_weights(workplace, monkeypatch, capsys):
+    (workplace / "base" / "model.safetensors").unlink()
+    assert main(["data", str(workplace / "texts"), "--tokenizer", str(workplace / "base")]) == 0
 
 
 def test_data_smollm2_fetches_a_model_and_names_the_file(monkeypatch, capsys, tmp_path):
