@@ -21,6 +21,7 @@ from .config import RunConfig
 MANIFEST = "manifest.json"
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what a full or read-only disk raises, library by library
 DEFAULTS = {field.name: field.default for field in fields(RunConfig)}
+NOT_COMPARED = {"text", "field"}  # where the tokens came from; a digest of the tokens is compared instead
 MACHINE_KEYS = ("seconds", "tokens_per_second", "memory", "eta")  # of a record: they differ when a run is repeated
 
 
@@ -181,19 +182,21 @@ class RunFolder:
             write_file(written, json.dumps(settings, indent=1))
         before = DEFAULTS | json.loads(written.read_text())  # a field newer than the run had its default
         changed = {name: now for name, now in settings.items() if before.get(name, now) != now}
+        refused = changed.keys() - NOT_COMPARED
         if (
-            set(changed) == {"total_steps"}
+            refused == {"total_steps"}
             and self._has_finished(before["total_steps"])
             and not self._has_finished(settings["total_steps"])
         ):
-            write_file(written, json.dumps(settings, indent=1))  # a finished run may be given more steps
-            return
-        if changed:
-            changed = [f"{name}: {before[name]!r} then, {now!r} now" for name, now in changed.items()]
+            refused = set()  # a finished run may be given more steps
+        if refused:
+            differences = [f"{name}: {before[name]!r} then, {now!r} now" for name, now in changed.items()]
             raise ValueError(
-                f"the run {self.path.name!r} exists with other settings ({'; '.join(changed)}). "
+                f"the run {self.path.name!r} exists with other settings ({'; '.join(differences)}). "
                 "Give this one another `name`, or move the old run aside: pass resume='never', in a terminal --fresh."
             )
+        if changed:
+            write_file(written, json.dumps(settings, indent=1))
 
     def _has_finished(self, step: int) -> bool:
         return any(step_of(folder) >= step for folder in self.checkpoints())
