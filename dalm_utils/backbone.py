@@ -12,7 +12,14 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.activations import ACT2FN, FastGELUActivation, NewGELUActivation
 
 from .annealing import annealed_mask
@@ -56,15 +63,36 @@ def load_base(
     if target.type == "cpu":
         keep_memory()
     if place.is_file():
-        source, options = place.parent, {"gguf_file": place.name}
         weights = {"quantization_config": GgufConfig(dequantize=True)}  # else it can be neither trained nor saved
     else:
         require_files(place, (file.name for file in place.iterdir()))
-        source, options, weights = place, {}, {"use_safetensors": True}
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, **options, **weights)
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
-    _name_special_tokens(tokenizer, model.config)
-    return fuse_gelu(model).to(target).eval(), tokenizer
+        weights = {"use_safetensors": True}
+    source = _source(place)
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, **weights)
+    return fuse_gelu(model).to(target).eval(), _tokenizer_of(source, model.config)
+
+
+def load_tokenizer(name: str, *, hub: str = "auto", revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, the same as from `load_base`, without reading the weights. See there."""
+    source = _source(find(name, hub, revision))
+    return _tokenizer_of(source, AutoConfig.from_pretrained(**source))
+
+
+def _source(place: Path) -> dict:
+    """What the transformers classes need to open a folder or a .gguf file."""
+    if place.is_file():
+        return {"pretrained_model_name_or_path": place.parent, "gguf_file": place.name, "trust_remote_code": False}
+    return {"pretrained_model_name_or_path": place, "trust_remote_code": False}
+
+
+def _tokenizer_of(source: dict, config: transformers.PretrainedConfig) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    except Exception as error:  # a damaged file is a KeyError, a UnicodeDecodeError, or an Exception of tokenizers
+        place = source["pretrained_model_name_or_path"]
+        raise ValueError(f"the tokenizer in {place} cannot be read: {type(error).__name__}: {error}") from error
+    _name_special_tokens(tokenizer, config)
+    return tokenizer
 
 
 def fuse_gelu(model: PreTrainedModel) -> PreTrainedModel:

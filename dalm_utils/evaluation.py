@@ -63,7 +63,7 @@ class Estimate:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.mean)
+        return math.exp(self.mean) if self.mean < 700 else math.inf  # beyond what a float holds
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} +- {self.stderr:.3f} nats per token ({self.bits_per_byte:.3f} bits per byte)"

@@ -51,26 +51,27 @@ class History:
         if self.behind:
             self.save()
         else:
-            with self._reporting(), self.path.open("a") as file:
+            with self._reporting(self.path), self.path.open("a") as file:
                 file.write(_line(record))
 
     def save(self) -> None:
         """Make the file hold exactly `records`. A disk that refuses is reported, as by `append`."""
-        with self._reporting():
-            self.write(self.path)
+        if self.path is not None:
+            with self._reporting(self.path):
+                self.write(self.path)
 
     def write(self, path: Path) -> None:
         """Replace the content of a file by `records`, in one move. Raises OSError if the disk refuses."""
         write_file(path, "".join(map(_line, self.records)))
 
     @contextlib.contextmanager
-    def _reporting(self) -> Iterator[None]:
+    def _reporting(self, path: Path) -> Iterator[None]:
         try:
             yield
             self.behind = False
         except OSError as error:
             if not self.behind:
-                warn(f"{self.path.name} could not be written ({error.strerror}); its records are kept in memory")
+                warn(f"{path.name} could not be written ({error.strerror}); its records are kept in memory")
             self.behind = True
 
     def series(self, key: str, x: str = "step") -> tuple[list, list]:

@@ -39,7 +39,12 @@ def text_quality(judge: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tok
 
     Args:
         tokens: `[N, L]` long, position 0 the begin token; samples, or real text to compare them with.
+
+    Raises:
+        ValueError: rows of fewer than two tokens after the begin token, which hold no pair.
     """
+    if tokens.shape[1] < 3:
+        raise ValueError(f"text quality needs at least 3 positions, the begin token among them, got {tokens.shape[1]}")
     rows = tokens[:, 1:].tolist()
     return TextQuality(
         perplexity=ar_nll(judge, tokenizer, tokens).perplexity,

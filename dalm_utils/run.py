@@ -52,7 +52,7 @@ def build(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def learning_rate(config: RunConfig, step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine from the peak down to `final_lr` times the peak at the last step."""
+    """Linear warm-up to the peak, then a cosine that reaches `final_lr` times the peak after the last step."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
@@ -111,9 +111,11 @@ class Run:
             raise
 
     def _settings(self, teacher: PreTrainedModel | None) -> dict:
-        """What a resumed run must have in common with the run it resumes."""
+        """What a resumed run must have in common with the run it resumes; `text` and `field` only say where it was."""
         fields = {name: value for name, value in vars(self.config).items() if name not in FREE_FIELDS}
         return fields | {
+            "text": self.config.text,
+            "field": self.config.field,
             "precision": self.precision,
             "global_batch": self.task.global_batch,
             "total_steps": self.total,

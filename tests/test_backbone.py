@@ -26,7 +26,8 @@ from dalm_utils import (
     save_diffusion,
     train,
 )
-from dalm_utils.backbone import begin_id, hidden_states, randomize
+from dalm_utils.backbone import begin_id, hidden_states, load_tokenizer, randomize
+from dalm_utils.hubs import BASES
 from tests.helpers import FAMILIES, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer, write_gguf
 
 
@@ -334,3 +335,22 @@ def test_shipped_bases_are_whole_small_and_proven():
         assert provenance["tokens_seen"] > 10_000_000
         assert provenance["architecture"]["parameters"] == model.num_parameters()
         assert tokenizer.decode(tokenizer("Return an array.")["input_ids"]) == "Return an array."
+
+
+def test_the_tokenizer_alone_is_that_of_the_whole_model(tmp_path):
+    tokenizer = tiny_tokenizer()
+    write_gguf(tiny_model("llama", len(tokenizer)), tokenizer, tmp_path / "small.gguf")
+    for place in (BASES / "tiny-gpt2", BASES / "tiny-galactica", BASES / "tiny-diffugpt", tmp_path / "small.gguf"):
+        _, whole = load_base(str(place))
+        alone = load_tokenizer(str(place))
+        assert alone.backend_tokenizer.to_str() == whole.backend_tokenizer.to_str()
+        assert alone.special_tokens_map == whole.special_tokens_map and begin_id(alone) == begin_id(whole)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b'{"version": "1.0"}'])
+def test_a_damaged_tokenizer_is_an_error_that_names_the_folder(tmp_path, content):
+    tiny_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"the tokenizer in {tmp_path} cannot be read"):
+        load_base(str(tmp_path))

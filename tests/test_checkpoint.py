@@ -2,6 +2,7 @@ import contextlib
 import errno
 import fcntl
 import itertools
+import json
 import mmap
 import os
 import resource
@@ -105,6 +106,17 @@ def test_what_a_killed_process_left_is_put_right(tmp_path):
     folder._recover()
     assert sorted(p.name for p in run.iterdir()) == ["best", "config.json"]
     folder.close()
+
+
+def test_where_the_text_is_may_change_but_not_its_tokens(tmp_path):
+    write(tmp_path / "run" / "step-000001")
+    for text in ("there", "here"):
+        folder, _ = opened(tmp_path / "run", text=text, corpus="1f")
+        folder.close()
+        assert json.loads((tmp_path / "run" / "config.json").read_text())["text"] == text
+    with pytest.raises(ValueError, match="text: 'here' then, 'away' now; corpus: '1f' then, '2f' now"):
+        opened(tmp_path / "run", text="away", corpus="2f")
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"text": "here", "corpus": "1f"}
 
 
 def test_a_folder_belongs_to_one_writer_and_one_config(tmp_path):

@@ -23,6 +23,12 @@ def test_quality_sees_repetition():
     assert good.perplexity == pytest.approx(ar_nll(model, tokenizer, varied).perplexity)
 
 
+def test_texts_without_a_pair_of_tokens_are_refused():
+    model, tokenizer = tiny_model(vocab=320), tiny_tokenizer()
+    with pytest.raises(ValueError, match="at least 3 positions, the begin token among them, got 2"):
+        text_quality(model, tokenizer, torch.ones(4, 2, dtype=torch.long))
+
+
 # --------------------------------------------------------------------------------------------------- infilling
 def knows_by_heart(block, diffusion, shift=True):
     """A model whose prediction is the token of `block` [L] at each place, whatever it sees."""
