@@ -19,10 +19,8 @@ import filelock
 
 from .config import RunConfig
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 MANIFEST = "manifest.json"  # in every folder that `write_whole` wrote, and in no other
 CHECKPOINT = r"step-(?:\d{6}|[1-9]\d{6,})"
@@ -244,7 +242,7 @@ class RunFolder:
 
         A shared lock fails only if a writer holds its own, and `open` waits for longer than it is held here.
         """
-        if fcntl is None:
+        if sys.platform == "win32":
             try:
                 with self._lock.acquire(timeout=0):
                     return False
@@ -345,9 +343,9 @@ class RunFolder:
         ):
             write_file(file, json.dumps(settings, indent=1))  # a finished run may be given more steps
         elif changed:
-            changed = [f"{name}: {before[name]!r} then, {now!r} now" for name, now in changed.items()]
+            differences = [f"{name}: {before[name]!r} then, {now!r} now" for name, now in changed.items()]
             raise ValueError(
-                f"the run {self.path.name!r} exists with other settings ({'; '.join(changed)}). "
+                f"the run {self.path.name!r} exists with other settings ({'; '.join(differences)}). "
                 f"Give this one another `name`, or move the old run aside: {FRESH}."
             )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -26,7 +27,17 @@ from transformers import PreTrainedTokenizerBase
 from .backbone import begin_id, plain_backend, tokenizer_digest
 from .checkpoint import write_whole
 from .config import cache_folder
-from .documents import HELD_OUT, SPLITS, Skips, clean_documents, digest, identify, short_name, size_of, split_of
+from .documents import (
+    SPLITS,
+    Skips,
+    clean_documents,
+    digest,
+    identify,
+    short_name,
+    size_of,
+    split_few,
+    split_of,
+)
 
 VERSION = 2  # of this file's output: raise it when a change alters what is written
 BATCH = 2**18  # characters that are tokenised together: enough to keep every core busy, and 30 MB while it lasts
@@ -81,12 +92,28 @@ class Corpus:
             else np.empty(0, int)
         )
         if len(tokens) < length - 1:
-            share = f" (it gets {HELD_OUT[split]}% of the documents)" if split in HELD_OUT else ""
-            raise ValueError(
-                f"the {split} split of {self.facts['name']!r} has {len(tokens)} tokens{share}, too few for one block "
-                f"of {length}; add text or lower `length`"
-            )
+            raise ValueError(self._too_few(split, length))
         return Blocks(tokens, length, self.begin, limit)
+
+    def _too_few(self, split: str, length: int) -> str:
+        """That a split has too few tokens for one block of `length`, and what helps."""
+        tokens, documents = self.facts["tokens"][split], self.facts["documents"]
+        subject, total = f"the {split} split of {self.facts['name']!r}", sum(documents.values())
+        if tokens:
+            return (
+                f"{subject} has {tokens} tokens, in {documents[split]} of {total} documents, too few for one block of "
+                f"{length}: use a length of at most {tokens + 1}, or a text with about "
+                f"{math.ceil((length - 1) / tokens)} times as many documents"
+            )
+        if total < len(SPLITS):
+            return (
+                f"{subject} is empty, since the text is {total} document{'s' * (total > 1)}: cut it into three or "
+                "more, one a line of a .jsonl file or one a file of a folder"
+            )
+        return (
+            f"{subject} is empty: an earlier version of this project prepared it. Delete {str(self.folder)!r} to have "
+            "it split anew; a model trained on it has then seen test documents"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- prepare
@@ -118,12 +145,17 @@ def load_corpus(
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a text is there with all of its tokens; a machine that lost power may have kept only some."""
+    """Whether a text is there with all of its tokens; a machine that lost power may have kept only some.
+
+    A text without a validation split is split anew: no model can have been trained on it. Before texts had "split_by",
+    this happened to small ones and to those of which all documents share their words.
+    """
     try:
         facts = json.loads((folder / "facts.json").read_text())
         width = np.dtype(facts["dtype"]).itemsize
-        return all((folder / f"{s}.bin").stat().st_size == facts["tokens"][s] * width for s in SPLITS)
-    except (OSError, ValueError):
+        sizes_fit = all((folder / f"{s}.bin").stat().st_size == facts["tokens"][s] * width for s in SPLITS)
+        return sizes_fit and (facts["documents"]["validation"] > 0 or "split_by" in facts)
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -143,13 +175,36 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _write(folder: Path, source: str, field: str, tokenizer: PreTrainedTokenizerBase, facts: dict) -> None:
+    """Write the tokens of each split and facts.json. A text of which `split_of` leaves a split empty is read again."""
+    begun = time.perf_counter()
+    made = _tokenise(folder, source, field, tokenizer, "words", split_of)
+    if not all(made["documents"].values()):
+        made = _tokenise(folder, source, field, tokenizer, *split_few(clean_documents(source, field)))
+    seconds = round(time.perf_counter() - begun, 1)
+    facts = {**facts, "name": source, **made, "seconds": seconds}
+    (folder / "facts.json").write_text(json.dumps(facts, indent=1))
+
+
+def _tokenise(
+    folder: Path,
+    source: str,
+    field: str,
+    tokenizer: PreTrainedTokenizerBase,
+    split_by: str,
+    split_of: Callable[[str], str],
+) -> dict:
     """Stream the documents through all cores onto disk, in order, a bounded number of batches at a time.
 
     Threads are enough, since the tokenizer does nine tenths of the work and does it outside Python's lock.
+
+    Returns:
+        The facts about what was read and written.
     """
-    begun, skips = time.perf_counter(), Skips()
-    dtype = np.uint16 if len(tokenizer) < 2**16 else np.uint32
+    skips = Skips()
+    largest = max(tokenizer.get_vocab().values())
+    dtype = np.dtype(np.uint16 if largest + 1 < 2**16 else np.uint32)
     hashed = hashlib.blake2b(digest_size=8)  # of the tokens: two copies of a text are the same text
+    hashed.update(b"" if split_by == "words" else split_by.encode())
     counts = {name: dict.fromkeys(SPLITS, 0) for name in ("documents", "tokens", "bytes")}
     texts = clean_documents(source, field, skips)
     with contextlib.ExitStack() as stack:
@@ -164,25 +219,23 @@ def _write(folder: Path, source: str, field: str, tokenizer: PreTrainedTokenizer
                 files[split].write(tokens)
                 hashed.update(tokens)
                 counts["documents"][split] += 1
-                counts["tokens"][split] += len(tokens) // np.dtype(dtype).itemsize
+                counts["tokens"][split] += len(tokens) // dtype.itemsize
                 counts["bytes"][split] += len(text.encode("utf-8", "replace"))
             bar.update((skips.bytes or sum(counts["bytes"].values())) - bar.n)
-    if not counts["documents"]["train"]:
-        raise ValueError(f"no document to train on in {source!r}; skipped: {dict(skips.reasons) or 'none'}")
-    facts |= {
-        "name": source,
-        "dtype": np.dtype(dtype).name,
+    if not any(counts["documents"].values()):
+        raise ValueError(f"no document to train on in {source!r}; skipped: {skips}")
+    return {
+        "dtype": dtype.name,
         "digest": hashed.hexdigest(),
+        "split_by": split_by,
         **counts,
         "copies": skips.copies,
         "skipped": dict(skips.reasons),
         "skipped_at": skips.places,
-        "seconds": round(time.perf_counter() - begun, 1),
     }
-    (folder / "facts.json").write_text(json.dumps(facts, indent=1))
 
 
-def _pack(backend: Tokenizer, begin: int, dtype: type, batch: list[tuple[str, str]]) -> list[bytes]:
+def _pack(backend: Tokenizer, begin: int, dtype: np.dtype, batch: list[tuple[str, str]]) -> list[bytes]:
     """The tokens of each text of a batch of (split, text), and the begin token, as bytes."""
     encodings = backend.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
     return [np.array([*encoding.ids, begin], dtype=dtype).tobytes() for encoding in encodings]

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .annealing import annealed_mask
-from .backbone import begin_id, encode, require_mask_id
+from .backbone import begin_id, encode, hidden_states, predicting_states, require_mask_id
+from .head import chunk_rows, logits_of, mask_id_of
 from .machine import autocast
 from .objective import default_maskable, diffusion_loss, seeded
 
@@ -190,3 +191,93 @@ def paired_difference(first: Estimate, second: Estimate) -> tuple[float, float]:
     """first - second on the same blocks, in nats per token, and its standard error."""
     difference = first.per_block - second.per_block
     return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference)))
+
+
+# ------------------------------------------------------------------------------------- by the fraction hidden
+@dataclass(frozen=True)
+class Restored:
+    """How well hidden tokens were predicted when a fraction t of the text was hidden, for several t.
+
+    Rows are times, columns blocks; NaN where no token of a block was hidden.
+    """
+
+    times: tuple[float, ...]
+    nll: np.ndarray  # [T, N] nats per hidden token
+    accuracy: np.ndarray  # [T, N] fraction of the hidden tokens that were the most probable ones
+
+    def mean(self, what: str) -> tuple[np.ndarray, np.ndarray]:
+        """Mean over blocks of "nll" or "accuracy" at each time, and its standard error: `[T]` each."""
+        return _mean_and_error(getattr(self, what))
+
+    def difference(self, other: Restored, what: str) -> tuple[np.ndarray, np.ndarray]:
+        """self - other on the same blocks: the mean at each time, and the standard error of the paired difference."""
+        return _mean_and_error(getattr(self, what) - getattr(other, what))
+
+
+def _mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    count = (~np.isnan(values)).sum(-1)
+    return np.nanmean(values, -1), np.nanstd(values, -1, ddof=1) / np.sqrt(count)
+
+
+TIMES = (0.05, 0.15, 0.25, 0.4, 0.6, 0.8, 1.0)
+
+
+@torch.no_grad()
+def by_time(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: Sequence[Tensor] | Tensor,
+    *,
+    times: Sequence[float] = TIMES,
+    seed: int = 0,
+    batch_size: int = 32,
+    precision: str = "auto",
+) -> Restored:
+    """How well a model restores the tokens of held-out text when each is hidden with probability t, for several t.
+
+    A diffusion model reads what is not hidden, on both sides. An AR model reads the clean text to the left of each
+    hidden token, as if nothing else had been hidden there: the best it could do. The same seed hides the same tokens
+    from every model, so differences are paired.
+
+    Args:
+        blocks: `[N, L]` long, or a sequence of `[L]`; position 0 is the begin token, which is never hidden.
+        times: probabilities in (0, 1].
+
+    Raises:
+        ValueError: a time outside (0, 1].
+    """
+    if not times or not all(0 < t <= 1 for t in times):
+        raise ValueError(f"times are probabilities above 0 and at most 1, got {list(times)}")
+    blocks, mask_id = stack(blocks), mask_id_of(model)
+    causal = None
+    if mask_id is None:
+        causal = annealed_mask(blocks.shape[1], 0.0, dtype=model.dtype, device=model.device)
+    was_training = model.training
+    model.eval()
+    results = []
+    for t in times:
+        coins = torch.rand(blocks.shape, generator=seeded(seed, 0, "by time"))
+        hidden = (coins < t) & default_maskable(blocks)
+        read = blocks if mask_id is None else torch.where(hidden, mask_id, blocks)
+        pieces = zip(blocks.split(batch_size), read.split(batch_size), hidden.split(batch_size), strict=True)
+        with autocast(model.device, precision):
+            results.append(torch.cat([_restored(model, *piece, causal) for piece in pieces], -1))  # [2, N]
+    model.train(was_training)
+    nll, accuracy = torch.stack(results, 1).numpy()
+    return Restored(tuple(times), nll, accuracy)
+
+
+def _restored(model, tokens: Tensor, read: Tensor, hidden: Tensor, causal: Tensor | None) -> Tensor:
+    """Mean -log p and accuracy over each sequence's hidden tokens: `[2, B]` float64 on the CPU, NaN where none is."""
+    places = hidden.flatten().nonzero()[:, 0].to(model.device)
+    targets = tokens.flatten().to(model.device)[places]
+    states = predicting_states(model, hidden_states(model, read.to(model.device), causal), places)
+    chunk = chunk_rows(model.get_output_embeddings().weight)
+    scores = []
+    for part, target in zip(states.split(chunk), targets.split(chunk), strict=True):
+        logits = logits_of(model, part)
+        nll = F.cross_entropy(logits, target, reduction="none")
+        scores.append(torch.stack([nll.double(), (logits.argmax(-1) == target).double()]))
+    sums = torch.zeros(2, len(tokens), dtype=torch.float64)
+    rows = (places // tokens.shape[1]).cpu()
+    return sums.index_add_(1, rows, torch.cat(scores, 1).cpu()) / hidden.sum(1)

@@ -26,6 +26,7 @@ class History:
     path: Path | None = None
     records: list[dict] = field(default_factory=list)
     behind: bool = False  # the file is not what `records` is, because the disk refused it
+    stopped_by: int | None = None  # the signal that stopped training before its last step
 
     @classmethod
     def load(cls, path: Path) -> History:
@@ -55,8 +56,9 @@ class History:
 
     def save(self) -> None:
         """Make the file hold exactly `records`. A disk that refuses is reported, as by `append`."""
-        with self._reporting():
-            self.write(self.path)
+        if self.path is not None:
+            with self._reporting():
+                self.write(self.path)
 
     def write(self, path: Path) -> None:
         """Replace the content of a file by `records`, in one move. Raises OSError if the disk refuses."""
@@ -69,7 +71,7 @@ class History:
             self.behind = False
         except OSError as error:
             if not self.behind:
-                warn(f"{self.path.name} could not be written ({error.strerror}); its records are kept in memory")
+                warn(f"history.jsonl could not be written ({error.strerror}); its records are kept in memory")
             self.behind = True
 
     def series(self, key: str, x: str = "step") -> tuple[list, list]:
@@ -93,7 +95,7 @@ class History:
         return sum(values) / len(values)
 
     def tokens_until(self, key: str, value: float) -> float | None:
-        """How many tokens it took until `key` fell to `value`, by linear interpolation; None if it never did."""
+        """The number of tokens after which `key` first fell to `value`, interpolated linearly; None if it never did."""
         tokens, values = self.series(key, "tokens")
         for i, reached in enumerate(values):
             if reached <= value:
