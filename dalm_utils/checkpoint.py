@@ -19,10 +19,8 @@ import filelock
 
 from .config import RunConfig
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 MANIFEST = "manifest.json"  # in every folder that `write_whole` wrote, and in no other
 CHECKPOINT = r"step-(?:\d{6}|[1-9]\d{6,})"
@@ -245,7 +243,7 @@ class RunFolder:
 
         A shared lock fails only if a writer holds its own, and `open` waits for longer than it is held here.
         """
-        if fcntl is None:
+        if sys.platform == "win32":
             try:
                 with self._lock.acquire(timeout=0):
                     return False

@@ -333,8 +333,7 @@ class Run:
         """Continue from a checkpoint whose weights are loaded already; from None, begin."""
         self.history = History() if checkpoint is None else History.load(checkpoint / "history.jsonl")
         self.history.path = self.folder.path / "history.jsonl" if self.is_main else None  # one process writes
-        if self.is_main:
-            self.history.save()
+        self.history.save()
         if checkpoint is not None:
             state = json.loads((checkpoint / "state.json").read_text())
             for name in COUNTERS:

@@ -368,6 +368,61 @@ def test_nan_weights_are_refused(tmp_path):
         train(model, tokenizer, tiny_config(tmp_path))
 
 
+def test_a_run_of_an_earlier_version_resumes(tmp_path, expected):
+    """Its settings lack what is compared since, and have what no longer exists; so has the state of its checkpoints."""
+    config = tiny_config(tmp_path, dropout=0.1)
+    stopped_at(8, config)
+    settings = json.loads((config.folder / "config.json").read_text())
+    for name in ("mask_id", "tokenizer", "distill", "distill_steps", "teacher", "max_skips"):
+        settings.pop(name, None)
+    (config.folder / "config.json").write_text(json.dumps(settings | {"attention": "sdpa", "weight_decay": 0.01}))
+    newest = config.folder / "step-000008"
+    state = json.loads((newest / "state.json").read_text())
+    for name in set(state) - {
+        "step",
+        "seconds",
+        "best",
+        "window_steps",
+        "rollbacks",
+        "stale",
+        "window_loss",
+        "watch",
+        "scaler",
+    }:
+        del state[name]
+    (newest / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["state.json"] = checkpoint._digest(newest / "state.json")
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    train(*tiny_diffusion(), config)
+    assert_same(outcome(config.folder), expected)
+    with pytest.raises(ValueError, match=r"\(learning_rate: 0\.003 then, 0\.004 now\)"):
+        train(*tiny_diffusion(), config.replace(learning_rate=0.004))
+
+
+def test_a_run_rolls_back_on_a_full_disk(tmp_path, capsys):
+    """The head breaks and the disk fills after step 6; there is room again once the run has rolled back to step 4."""
+    config = tiny_config(tmp_path, steps=16)
+    model, tokenizer = tiny_diffusion()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def disturb(history, config):
+        if history.records[-1]["step"] == 6 and not history.last("event"):
+            model.get_output_embeddings().weight.data.mul_(1e3)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        elif history.last("event"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    try:
+        history = train(model, tokenizer, config, on_log=disturb)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "step-000004 could not be written (File too large)" in capsys.readouterr().err
+    assert "rolled back to step 4" in history.last("event")
+    assert History.load(config.folder / "history.jsonl").records == history.records
+    assert [record["step"] for record in history.records] == [2, 4, 4, 6, 8, 10, 12, 14, 16]
+
+
 def main() -> None:
     """Many more kills than the suite has time for."""
     parser = argparse.ArgumentParser()
