@@ -1,4 +1,4 @@
-"""Documents in, token blocks out: tokenise on all cores, pack, and remember."""
+"""Documents in, token blocks out: tokenised on all cores, and kept in a cache."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ from .backbone import begin_id, plain_backend, tokenizer_digest
 from .checkpoint import write_whole
 from .config import cache_folder
 from .documents import (
+    BY_WORDS,
     SPLITS,
     Skips,
+    SplitRule,
     clean_documents,
     digest,
     identify,
     short_name,
     size_of,
     split_few,
-    split_of,
 )
 
 VERSION = 2  # of this file's output: raise it when a change alters what is written
@@ -220,24 +221,17 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _write(folder: Path, source: str, field: str, tokenizer: PreTrainedTokenizerBase, facts: dict) -> None:
-    """Write the tokens of each split and facts.json. A text of which `split_of` leaves a split empty is read again."""
+    """Write the tokens of each split and facts.json. A text of which `BY_WORDS` leaves a split empty is read again."""
     begun = time.perf_counter()
-    made = _tokenise(folder, source, field, tokenizer, "words", split_of)
+    made = _tokenise(folder, source, field, tokenizer, BY_WORDS)
     if not all(made["documents"].values()):
-        made = _tokenise(folder, source, field, tokenizer, *split_few(clean_documents(source, field)))
+        made = _tokenise(folder, source, field, tokenizer, split_few(clean_documents(source, field)))
     seconds = round(time.perf_counter() - begun, 1)
     facts = {**facts, "name": source, **made, "seconds": seconds}
     (folder / "facts.json").write_text(json.dumps(facts, indent=1))
 
 
-def _tokenise(
-    folder: Path,
-    source: str,
-    field: str,
-    tokenizer: PreTrainedTokenizerBase,
-    split_by: str,
-    split_of: Callable[[str], str],
-) -> dict:
+def _tokenise(folder: Path, source: str, field: str, tokenizer: PreTrainedTokenizerBase, rule: SplitRule) -> dict:
     """Stream the documents through all cores onto disk, in order, a bounded number of batches at a time.
 
     Threads are enough, since the tokenizer does nine tenths of the work and does it outside Python's lock.
@@ -249,7 +243,8 @@ def _tokenise(
     largest = max(tokenizer.get_vocab().values())
     dtype = np.dtype(np.uint16 if largest + 1 < 2**16 else np.uint32)
     hashed = hashlib.blake2b(digest_size=8)  # of the tokens: two copies of a text are the same text
-    hashed.update(b"" if split_by == "words" else split_by.encode())
+    if rule is not BY_WORDS:
+        hashed.update(rule.name.encode())  # split in another way it is another text to train on
     counts = {name: dict.fromkeys(SPLITS, 0) for name in ("documents", "tokens", "bytes")}
     texts = clean_documents(source, field, skips)
     with contextlib.ExitStack() as stack:
@@ -259,7 +254,7 @@ def _tokenise(
         bar = tqdm(desc="tokenising", total=size_of(source), unit="B", unit_scale=True, leave=False)
         stack.enter_context(bar)
         pack = partial(_pack, backend, begin_id(tokenizer), dtype)
-        for batch, packed in _in_order(pool, pack, _batched((split_of(text), text) for text in texts)):
+        for batch, packed in _in_order(pool, pack, _batched((rule.split_of(text), text) for text in texts)):
             for (split, text), tokens in zip(batch, packed, strict=True):
                 files[split].write(tokens)
                 hashed.update(tokens)
@@ -272,7 +267,7 @@ def _tokenise(
     return {
         "dtype": dtype.name,
         "digest": hashed.hexdigest(),
-        "split_by": split_by,
+        "split_by": rule.name,
         **counts,
         "copies": skips.copies,
         "skipped": dict(skips.reasons),

@@ -331,10 +331,10 @@ def test_prose_that_differs_in_a_number_is_a_copy(tmp_path):
 
 def splits_of(texts):
     """The documents of each split by the second rule, and the rule's name."""
-    name, split = module.split_few(texts)
-    splits = {key: [text for text in texts if split(text) == key] for key in module.SPLITS}
+    rule = module.split_few(texts)
+    splits = {key: [text for text in texts if rule.split_of(text) == key] for key in module.SPLITS}
     assert sum(map(len, splits.values())) == len(texts)
-    return name, splits
+    return rule.name, splits
 
 
 @pytest.mark.parametrize("count", [3, 4, 9, 10, 40, 199])
