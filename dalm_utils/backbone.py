@@ -59,8 +59,8 @@ def load_base(
             what else works. A hub that does not answer is given up after `PATIENCE` seconds.
         ValueError: an unknown hub, or a revision of something local.
     """
-    place, device = find(name, hub, revision), pick_device(device or "cpu")
-    if device.type == "cpu":
+    place, target = find(name, hub, revision), pick_device(device or "cpu")
+    if target.type == "cpu":
         keep_memory()
     if place.is_file():
         source, options = place.parent, {"gguf_file": place.name}
@@ -71,7 +71,7 @@ def load_base(
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, **options, **weights)
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     _name_special_tokens(tokenizer, model.config)
-    return fuse_gelu(model).to(device).eval(), tokenizer
+    return fuse_gelu(model).to(target).eval(), tokenizer
 
 
 def fuse_gelu(model: PreTrainedModel) -> PreTrainedModel:

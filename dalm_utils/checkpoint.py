@@ -1,11 +1,14 @@
-"""A run's folder on disk: whole checkpoints or none, one writer at a time, and a history that outlives both."""
+"""A run's folder: checkpoints that are whole or absent, one writer at a time, and nothing touched but what it wrote."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -13,15 +16,26 @@ from dataclasses import fields
 from pathlib import Path
 
 import filelock
-import torch
-from safetensors import SafetensorError
 
 from .config import RunConfig
 
-MANIFEST = "manifest.json"
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what a full or read-only disk raises, library by library
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+MANIFEST = "manifest.json"  # in every folder that `write_whole` wrote, and in no other
+CHECKPOINT = r"step-(?:\d{6}|[1-9]\d{6,})"
+TEMPORARY = re.compile(rf"\.(?:(best|{CHECKPOINT})\.(unfinished|old)|(?:config\.json|history\.jsonl)\.unfinished)")
+RUN_KEYS = ("model", "corpus", "total_steps")  # in the config.json of every run, and not of a model
+FRESH = "pass resume='never', in a terminal --fresh"
 DEFAULTS = {field.name: field.default for field in fields(RunConfig)}
 MACHINE_KEYS = ("seconds", "tokens_per_second", "memory", "eta")  # of a record: they differ when a run is repeated
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}  # what a disk that refuses to write answers
+CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # what one answers that cannot sync folders
+PROBE = 2**20  # bytes
+LOCK_WAIT = 1.0  # seconds; a process that calls `is_claimed` holds a lock for a moment
 
 
 # ---------------------------------------------------------------------------------------- whole or absent
@@ -29,48 +43,143 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> Path:
     """Fill a new folder beside `folder`, sync it, and rename it into place: a reader sees all of it or nothing.
 
     An error, or an interruption, leaves what was there untouched, and no half-written folder behind.
+
+    Raises:
+        OSError: the disk refused to write, whatever the library that noticed made of it.
+        FileExistsError: what is there was not written by this function.
     """
-    beside = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(beside, ignore_errors=True)
+    if _is_foreign(folder):
+        raise FileExistsError(f"{folder} has no {MANIFEST}, so it was not written here; move it elsewhere")
+    beside, old = _beside(folder, "unfinished"), _beside(folder, "old")
+    _delete(beside)
     try:
         beside.mkdir(parents=True)
         fill(beside)
-        write_file(beside / MANIFEST, json.dumps({f.name: _digest(f) for f in sorted(beside.iterdir())}, indent=1))
-        sync(*beside.iterdir(), beside)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        files = sorted(path for path in beside.rglob("*") if path.is_file())
+        digests = {path.relative_to(beside).as_posix(): _digest(path) for path in files}
+        write_file(beside / MANIFEST, json.dumps(digests, indent=1))
+        sync(*beside.rglob("*"), beside)
+    except BaseException as error:
+        try:
+            _raise_hidden_refusal(error, beside)
+        finally:
+            _delete(beside)
         raise
     if folder.exists():  # a folder cannot be renamed onto another: the old one steps aside, see `_recover`
-        old = folder.with_name(f"{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
+        _discard(old, folder)
         folder.rename(old)
-        beside.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        beside.rename(folder)
+    beside.rename(folder)
+    _discard(old, folder)
     sync(folder.parent)
     return folder
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether every file stands there as its manifest says."""
+    """Whether every file in the folder is what its manifest says."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        return all(_digest(folder / name) == digest for name, digest in manifest.items())
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        return isinstance(manifest, dict) and all(_digest(folder / name) == manifest[name] for name in manifest)
     except (OSError, ValueError):
         return False
 
 
 def write_file(path: Path, text: str) -> None:
     """Replace a small file in one move."""
-    beside = path.with_name(f"{path.name}.unfinished")
+    beside = _beside(path, "unfinished")
     try:
         beside.write_text(text)
         sync(beside)
         beside.replace(path)
-    except Exception:
+    except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def sync(*paths: Path) -> None:
+    """Flush files and folders to the disk, so that they survive a power cut.
+
+    Some network disks cannot flush a folder, and Windows cannot even open one: there, only files are flushed.
+    """
+    for path in paths:
+        is_folder = path.is_dir()
+        if is_folder and os.name == "nt":
+            continue
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if not (is_folder and error.errno in CANNOT_SYNC):
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    """The hidden name under which a file or folder exists for a moment. Nobody else would choose it."""
+    return path.with_name(f".{path.name}.{kind}")
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether something is there that `write_whole` did not write."""
+    if folder.is_dir():
+        return any(folder.iterdir()) and not (folder / MANIFEST).is_file()
+    return folder.exists()
+
+
+def _raise_hidden_refusal(error: BaseException, folder: Path) -> None:
+    """Raise OSError if the disk refused to write, and a library made an error of its own kind of it.
+
+    There are two ways to find out. Libraries written in Rust, one of which deletes its own half-written file, quote the
+    number of the system's error. For others the disk is asked for a few more bytes, past the end of the longest file in
+    `folder`, while what was written there still fills it.
+    """
+    if isinstance(error, OSError) or not isinstance(error, Exception):
+        return
+    quoted = re.search(r"\(os error (\d+)\)", str(error))
+    if quoted and int(quoted[1]) in FULL:
+        raise OSError(int(quoted[1]), os.strerror(int(quoted[1]))) from error
+    with (folder / ".probe").open("wb") as probe:
+        probe.seek(max(path.stat().st_size for path in folder.rglob("*")))
+        probe.write(bytes(PROBE))
+        probe.flush()
+        os.fsync(probe.fileno())
+
+
+def _delete(path: Path) -> None:
+    """Delete a file, a link or a folder, if it can be deleted."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _discard(old: Path, place: Path) -> None:
+    """Delete a folder that `write_whole` wrote at `place`; keep it under a free name if it holds other files, too."""
+    if _others(old):
+        kept = old.rename(_free(place, "old"))
+        warn(f"the earlier {place.name} was kept as {kept.name}, since it holds files that were not written here")
+    elif old.exists():  # it is renamed first, since half of a folder would look like one with other files
+        beside = _beside(place, "unfinished")
+        _delete(beside)
+        with contextlib.suppress(OSError):
+            _delete(old.rename(beside))
+
+
+def _others(folder: Path) -> list[Path]:
+    """The files in a folder that its manifest does not name."""
+    try:
+        named = {MANIFEST, *json.loads((folder / MANIFEST).read_bytes())}
+    except (OSError, ValueError, TypeError):
+        named = set()
+    files = (path for path in folder.rglob("*") if not path.is_dir())
+    return [path for path in files if path.relative_to(folder).as_posix() not in named]
+
+
+def _free(path: Path, kind: str) -> Path:
+    """The first of `path`.kind1, `path`.kind2, ... that does not exist."""
+    names = (path.with_name(f"{path.name}.{kind}{number}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 def _digest(path: Path) -> str:
@@ -78,26 +187,12 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync(*paths: Path) -> None:
-    """Have files and folders on the disk itself, where a power cut leaves them."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in a line."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
 # --------------------------------------------------------------------------------------------- the folder
 class RunFolder:
-    """The folder of one run: `open` claims it for this process, `close` gives it back.
+    """The folder of one run: `open` claims it for this process, `close` releases it.
 
-    It holds `step-000500/` (a whole checkpoint), `best/`, `history.jsonl` and `config.json`.
+    It holds `step-000500/` (a whole checkpoint), `best/`, `history.jsonl` and `config.json`. Whatever else is in it
+    stays as it is.
     """
 
     def __init__(self, path: Path):
@@ -109,26 +204,32 @@ class RunFolder:
 
         Damaged checkpoints are named on stderr and moved aside.
 
+        Args:
+            settings: what a resumed run must have in common with the run it resumes.
+            resume: "auto" resumes an earlier run, "never" moves it aside.
+
         Raises:
             RuntimeError: another process is writing there.
-            ValueError: the folder belongs to other settings (each difference is named), and `resume` is not
-                "never", which moves the earlier run aside.
+            ValueError: the folder belongs to other settings (each difference is named), or its config.json is damaged
+                or not a run's.
+            FileNotFoundError: the folder has checkpoints, but no config.json.
+            FileExistsError: a file that the run would replace is not a run's.
         """
         if resume not in ("auto", "never"):
             raise ValueError(f"resume must be auto or never, got {resume!r}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=LOCK_WAIT)
         except filelock.Timeout:
             raise RuntimeError(
                 f"another process is writing to the run {self.path.name!r}; wait for it or stop it, "
                 "or give this one another `name`"
             ) from None
         try:
-            if resume == "never":
-                self._move_aside()
-            self._agree(settings)
             self._recover()
+            if resume == "never" and self._is_run():
+                self.path.rename(_free(self.path, "old"))
+            self._agree(settings)
             return self.newest()
         except BaseException:
             self.close()
@@ -139,90 +240,155 @@ class RunFolder:
         self._lock.release()
 
     def is_claimed(self) -> bool:
-        """Whether some process is writing here now."""
-        try:
-            with self._lock.acquire(timeout=0):
-                return False
-        except filelock.Timeout:
-            return True
+        """Whether some process is writing here now. Needs no permission to write, and keeps no process from starting.
 
+        A shared lock fails only if a writer holds its own, and `open` waits for longer than it is held here.
+        """
+        if fcntl is None:
+            try:
+                with self._lock.acquire(timeout=0):
+                    return False
+            except filelock.Timeout:
+                return True
+        try:
+            lock = os.open(self._lock.lock_file, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+        except OSError:
+            return True
+        finally:
+            os.close(lock)
+
+    # -- checkpoints ------------------------------------------------------------------------------------
     def checkpoints(self) -> list[Path]:
         """The checkpoints, oldest first; whole ones, once the folder is open."""
-        return sorted(self.path.glob("step-*[0-9]"), key=step_of)
+        return [folder for folder in self._steps() if (folder / MANIFEST).is_file()]
+
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint. Damaged ones are named on stderr and moved aside."""
+        for folder in reversed(self._steps()):
+            if is_whole(folder):
+                return folder
+            if _is_foreign(folder):
+                warn(f"{folder.name} is damaged or not a checkpoint: it has no {MANIFEST}; left alone and passed over")
+            elif (folder / MANIFEST).is_file():
+                aside = folder.rename(_free(folder, "damaged"))
+                warn(f"checkpoint {folder.name} is damaged; moved to {aside.name} and passed over")
+        return None
 
     def write(self, name: str, fill: Callable[[Path], None]) -> bool:
         """Write a folder whole. A disk that refuses is reported, not raised: False, and what was there still is."""
         try:
             write_whole(self.path / name, fill)
             return True
-        except torch.OutOfMemoryError:
-            raise  # a RuntimeError too, but not the disk's
-        except WRITE_ERRORS as error:
-            reason = getattr(error, "strerror", None) or first_line(error)
+        except OSError as error:
+            reason = error.strerror or first_line(error)
             newest = next((folder.name for folder in reversed(self.checkpoints())), "none yet")
             warn(f"{name} could not be written ({reason}); training goes on. The newest whole checkpoint: {newest}")
             return False
 
     def prune(self, keep: int) -> None:
-        """Delete all but the newest `keep` checkpoints; `best` is not among them."""
+        """Delete all but the newest `keep` checkpoints, and none in which there are other files."""
         for folder in self.checkpoints()[:-keep]:
-            shutil.rmtree(folder, ignore_errors=True)
+            if not _others(folder):
+                _discard(folder, folder)
 
-    def _move_aside(self) -> None:
-        if self.path.exists():
-            free = (self.path.with_name(f"{self.path.name}.old{n}") for n in itertools.count(1))
-            self.path.rename(next(path for path in free if not path.exists()))
+    def _steps(self) -> list[Path]:
+        folders = [path for path in self.path.glob("step-*") if re.fullmatch(CHECKPOINT, path.name)]
+        return sorted(folders, key=step_of)
+
+    # -- whose folder it is -----------------------------------------------------------------------------
+    def settings(self) -> dict | None:
+        """The settings in config.json, which every run writes first; None if no run has begun here.
+
+        Raises:
+            FileNotFoundError, ValueError, FileExistsError: as `open`.
+        """
+        file, history = self.path / "config.json", self.path / "history.jsonl"
+        remedy = f"give this run another `name`, or move what is in {self.path} elsewhere"
+        if self._has_checkpoints():
+            remedy = f"put the right one back, or move the run aside: {FRESH}"
+        if not file.exists():
+            if self._has_checkpoints():
+                raise FileNotFoundError(f"{file} is missing, but there are checkpoints beside it; {remedy}")
+            if history.exists():
+                raise FileExistsError(f"{history} would be replaced, but no run wrote it; {remedy}")
+            return None
+        try:
+            settings = json.loads(file.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged ({first_line(error)}); {remedy}") from None
+        missing = ", ".join(key for key in RUN_KEYS if not isinstance(settings, dict) or key not in settings)
+        if missing:
+            raise ValueError(f"{file} is not the config.json of a run (it lacks {missing}); {remedy}")
+        return settings
 
     def _agree(self, settings: dict) -> None:
-        written = self.path / "config.json"
-        models = [*self.path.glob("step-*"), *self.path.glob("best*")]
-        if not written.exists() or not models:  # a run that ended before its first checkpoint binds nobody
+        """Write the settings, or compare them with those of the run that is here."""
+        earlier = self.settings()
+        file, best = self.path / "config.json", self.path / "best"
+        if _is_foreign(best):
+            raise FileExistsError(f"{best} would be replaced, but no run wrote it; move it elsewhere")
+        if earlier is None or not self._has_checkpoints():  # without a checkpoint there is nothing to resume
             self.path.mkdir(parents=True, exist_ok=True)
-            write_file(written, json.dumps(settings, indent=1))
-        before = DEFAULTS | json.loads(written.read_text())  # a field newer than the run had its default
+            write_file(file, json.dumps(settings, indent=1))
+            return
+        before = DEFAULTS | earlier  # a field newer than the run had its default
         changed = {name: now for name, now in settings.items() if before.get(name, now) != now}
         if (
             set(changed) == {"total_steps"}
             and self._has_finished(before["total_steps"])
             and not self._has_finished(settings["total_steps"])
         ):
-            write_file(written, json.dumps(settings, indent=1))  # a finished run may be given more steps
-            return
-        if changed:
-            changed = [f"{name}: {before[name]!r} then, {now!r} now" for name, now in changed.items()]
+            write_file(file, json.dumps(settings, indent=1))  # a finished run may be given more steps
+        elif changed:
+            differences = [f"{name}: {before[name]!r} then, {now!r} now" for name, now in changed.items()]
             raise ValueError(
-                f"the run {self.path.name!r} exists with other settings ({'; '.join(changed)}). "
-                "Give this one another `name`, or move the old run aside: pass resume='never', in a terminal --fresh."
+                f"the run {self.path.name!r} exists with other settings ({'; '.join(differences)}). "
+                f"Give this one another `name`, or move the old run aside: {FRESH}."
             )
 
     def _has_finished(self, step: int) -> bool:
         return any(step_of(folder) >= step for folder in self.checkpoints())
 
+    def _has_checkpoints(self) -> bool:
+        return bool(self.checkpoints()) or (self.path / "best" / MANIFEST).is_file()
+
+    def _is_run(self) -> bool:
+        """Whether a run of ours is in the folder, even if its settings are lost."""
+        try:
+            return self._has_checkpoints() or self.settings() is not None
+        except (OSError, ValueError):
+            return False
+
     def _recover(self) -> None:
         """Undo what a killed process left: half-written folders, and an old one that had just stepped aside."""
-        for folder in self.path.glob("*.unfinished"):
-            shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
-        for old in self.path.glob("*.old"):
-            place = old.with_suffix("")
-            shutil.rmtree(old) if place.exists() else old.rename(place)
-
-    def newest(self) -> Path | None:
-        """The newest whole checkpoint; damaged ones are named on stderr and moved aside."""
-        for folder in reversed(self.checkpoints()):
-            if is_whole(folder):
-                return folder
-            aside = folder.with_name(f"{folder.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
-            warn(f"checkpoint {folder.name} is damaged; moved to {aside.name} and passed over")
-        return None
+        for path in [*self.path.glob(".*")]:
+            name = TEMPORARY.fullmatch(path.name)
+            if name is None:
+                continue
+            if name[2] != "old":
+                _delete(path)
+            elif (place := path.with_name(name[1])).exists():
+                _discard(path, place)
+            else:
+                path.rename(place)
 
 
+# ---------------------------------------------------------------------------------------------- small things
 def step_of(checkpoint: Path) -> int:
     """The step at which a checkpoint was written."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def warn(message: str) -> None:
-    """One line on stderr, at once."""
+    """Print one line to stderr, at once."""
     print(message, file=sys.stderr, flush=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -26,9 +28,21 @@ from transformers import PreTrainedTokenizerBase
 from .backbone import begin_id, plain_backend, tokenizer_digest
 from .checkpoint import write_whole
 from .config import cache_folder
-from .documents import HELD_OUT, SPLITS, Skips, clean_documents, digest, identify, short_name, size_of, split_of
+from .documents import (
+    SPLITS,
+    Skips,
+    clean_documents,
+    digest,
+    identify,
+    short_name,
+    size_of,
+    split_few,
+    split_of,
+)
 
 VERSION = 2  # of this file's output: raise it when a change alters what is written
+SAMPLE_SEED = 0  # of the blocks that a limit leaves: the same in every run, so that their scores can be compared
+PIECE = 2**16  # tokens that are searched at once for the end of a document
 BATCH = 2**18  # characters that are tokenised together: enough to keep every core busy, and 30 MB while it lasts
 THREADS = min(16, os.cpu_count() or 1)
 
@@ -37,26 +51,66 @@ THREADS = min(16, os.cpu_count() or 1)
 class Blocks:
     """Fixed-length blocks cut from one long array of tokens; position 0 of each is the begin token.
 
-    `blocks[i]` is `[L]` long; `blocks[[i, j, ...]]` is `[B, L]`.
+    `blocks[i]` is `[L]` long; `blocks[[i, j, ...]]` and `blocks[i:j]` are `[B, L]`.
+
+    Args:
+        tokens: `[T]` of integers, such as a memory-mapped file, in which every document ends with the token `begin`.
+        limit: how many blocks to draw, all equally likely and none twice; as many as there are, or None, gives all in
+            order. The sample depends on nothing but the number of blocks and the limit, so it is the same for every
+            model with the same tokenizer, and the first blocks of a sample are a smaller sample.
     """
 
     def __init__(self, tokens: np.ndarray, length: int, begin: int, limit: int | None = None):
         self.tokens, self.length, self.begin = tokens, length, begin
-        self.count = min(len(tokens) // (length - 1), limit or len(tokens))
-        if self.count == 0:
+        available = len(tokens) // (length - 1)
+        if available == 0:
             raise ValueError(f"{len(tokens)} tokens are too few for one block of {length}")
+        self.count = min(available, limit or available)
+        self.sample = None
+        if self.count < available:
+            drawn = torch.randperm(available, generator=torch.Generator().manual_seed(SAMPLE_SEED))
+            self.sample = drawn[: self.count].numpy().copy()  # without the rest of the permutation
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index) -> Tensor:
+        if isinstance(index, slice):
+            index = np.arange(self.count)[index]
         rows = np.atleast_1d(np.asarray(index))
         if rows.max(initial=0) >= self.count or rows.min(initial=0) < 0:
             raise IndexError(f"no block {rows.max() if rows.min() >= 0 else rows.min()} among {self.count}")
-        inside = rows[:, None] * (self.length - 1) + np.arange(self.length - 1)  # [B, L - 1]
+        inside = self._starts(rows)[:, None] + np.arange(self.length - 1)  # [B, L - 1]
         block = np.full((len(rows), self.length), self.begin, dtype=np.int64)
         block[:, 1:] = self.tokens[inside]
         return torch.from_numpy(block if np.ndim(index) else block[0])
+
+    def _starts(self, rows: np.ndarray) -> np.ndarray:
+        """Where the blocks of these numbers begin in `tokens`."""
+        return (rows if self.sample is None else self.sample[rows]) * (self.length - 1)
+
+    @functools.cached_property
+    def documents(self) -> np.ndarray:
+        """`[N]`: for each block the document that holds its middle, as the place in `tokens` where that one ends.
+
+        Only these documents are read, whatever the size of the file.
+        """
+        middles = self._starts(np.arange(self.count)) + (self.length - 1) // 2
+        ends = np.empty_like(middles)
+        end = -1
+        for i in np.argsort(middles):
+            if middles[i] > end:
+                end = self._end_of_document(middles[i])
+            ends[i] = end
+        return ends
+
+    def _end_of_document(self, start: int) -> int:
+        """The first place from `start` on with the begin token; the last place where there is none."""
+        for piece in range(start, len(self.tokens), PIECE):
+            found = np.flatnonzero(self.tokens[piece : piece + PIECE] == self.begin)
+            if len(found):
+                return piece + int(found[0])
+        return len(self.tokens) - 1
 
 
 @dataclass(frozen=True)
@@ -68,7 +122,9 @@ class Corpus:
     begin: int
 
     def blocks(self, split: str, length: int, limit: int | None = None) -> Blocks:
-        """Blocks of `length` tokens of a split ("train", "validation" or "test"); at most `limit`.
+        """Blocks of `length` tokens of a split ("train", "validation" or "test").
+
+        With fewer than there are, `limit` blocks are drawn from all over the split: always the same ones, see `Blocks`.
 
         Raises:
             ValueError: the split has too few tokens for a single block, or a length or limit that makes none.
@@ -81,12 +137,28 @@ class Corpus:
             else np.empty(0, int)
         )
         if len(tokens) < length - 1:
-            share = f" (it gets {HELD_OUT[split]}% of the documents)" if split in HELD_OUT else ""
-            raise ValueError(
-                f"the {split} split of {self.facts['name']!r} has {len(tokens)} tokens{share}, too few for one block "
-                f"of {length}; add text or lower `length`"
-            )
+            raise ValueError(self._too_few(split, length))
         return Blocks(tokens, length, self.begin, limit)
+
+    def _too_few(self, split: str, length: int) -> str:
+        """That a split has too few tokens for one block of `length`, and what helps."""
+        tokens, documents = self.facts["tokens"][split], self.facts["documents"]
+        subject, total = f"the {split} split of {self.facts['name']!r}", sum(documents.values())
+        if tokens:
+            return (
+                f"{subject} has {tokens} tokens, in {documents[split]} of {total} documents, too few for one block of "
+                f"{length}: use a length of at most {tokens + 1}, or a text with about "
+                f"{math.ceil((length - 1) / tokens)} times as many documents"
+            )
+        if total < len(SPLITS):
+            return (
+                f"{subject} is empty, since the text is {total} document{'s' * (total > 1)}: cut it into three or "
+                "more, one a line of a .jsonl file or one a file of a folder"
+            )
+        return (
+            f"{subject} is empty: an earlier version of this project prepared it. Delete {str(self.folder)!r} to have "
+            "it split anew; a model trained on it has then seen test documents"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- prepare
@@ -118,12 +190,17 @@ def load_corpus(
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a text is there with all of its tokens; a machine that lost power may have kept only some."""
+    """Whether a text is there with all of its tokens; a machine that lost power may have kept only some.
+
+    A text without a validation split is split anew: no model can have been trained on it. Before texts had "split_by",
+    this happened to small ones and to those of which all documents share their words.
+    """
     try:
         facts = json.loads((folder / "facts.json").read_text())
         width = np.dtype(facts["dtype"]).itemsize
-        return all((folder / f"{s}.bin").stat().st_size == facts["tokens"][s] * width for s in SPLITS)
-    except (OSError, ValueError):
+        sizes_fit = all((folder / f"{s}.bin").stat().st_size == facts["tokens"][s] * width for s in SPLITS)
+        return sizes_fit and (facts["documents"]["validation"] > 0 or "split_by" in facts)
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -143,13 +220,36 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _write(folder: Path, source: str, field: str, tokenizer: PreTrainedTokenizerBase, facts: dict) -> None:
+    """Write the tokens of each split and facts.json. A text of which `split_of` leaves a split empty is read again."""
+    begun = time.perf_counter()
+    made = _tokenise(folder, source, field, tokenizer, "words", split_of)
+    if not all(made["documents"].values()):
+        made = _tokenise(folder, source, field, tokenizer, *split_few(clean_documents(source, field)))
+    seconds = round(time.perf_counter() - begun, 1)
+    facts = {**facts, "name": source, **made, "seconds": seconds}
+    (folder / "facts.json").write_text(json.dumps(facts, indent=1))
+
+
+def _tokenise(
+    folder: Path,
+    source: str,
+    field: str,
+    tokenizer: PreTrainedTokenizerBase,
+    split_by: str,
+    split_of: Callable[[str], str],
+) -> dict:
     """Stream the documents through all cores onto disk, in order, a bounded number of batches at a time.
 
     Threads are enough, since the tokenizer does nine tenths of the work and does it outside Python's lock.
+
+    Returns:
+        The facts about what was read and written.
     """
-    begun, skips = time.perf_counter(), Skips()
-    dtype = np.uint16 if len(tokenizer) < 2**16 else np.uint32
+    skips = Skips()
+    largest = max(tokenizer.get_vocab().values())
+    dtype = np.dtype(np.uint16 if largest + 1 < 2**16 else np.uint32)
     hashed = hashlib.blake2b(digest_size=8)  # of the tokens: two copies of a text are the same text
+    hashed.update(b"" if split_by == "words" else split_by.encode())
     counts = {name: dict.fromkeys(SPLITS, 0) for name in ("documents", "tokens", "bytes")}
     texts = clean_documents(source, field, skips)
     with contextlib.ExitStack() as stack:
@@ -164,25 +264,23 @@ def _write(folder: Path, source: str, field: str, tokenizer: PreTrainedTokenizer
                 files[split].write(tokens)
                 hashed.update(tokens)
                 counts["documents"][split] += 1
-                counts["tokens"][split] += len(tokens) // np.dtype(dtype).itemsize
+                counts["tokens"][split] += len(tokens) // dtype.itemsize
                 counts["bytes"][split] += len(text.encode("utf-8", "replace"))
             bar.update((skips.bytes or sum(counts["bytes"].values())) - bar.n)
-    if not counts["documents"]["train"]:
-        raise ValueError(f"no document to train on in {source!r}; skipped: {dict(skips.reasons) or 'none'}")
-    facts |= {
-        "name": source,
-        "dtype": np.dtype(dtype).name,
+    if not any(counts["documents"].values()):
+        raise ValueError(f"no document to train on in {source!r}; skipped: {skips}")
+    return {
+        "dtype": dtype.name,
         "digest": hashed.hexdigest(),
+        "split_by": split_by,
         **counts,
         "copies": skips.copies,
         "skipped": dict(skips.reasons),
         "skipped_at": skips.places,
-        "seconds": round(time.perf_counter() - begun, 1),
     }
-    (folder / "facts.json").write_text(json.dumps(facts, indent=1))
 
 
-def _pack(backend: Tokenizer, begin: int, dtype: type, batch: list[tuple[str, str]]) -> list[bytes]:
+def _pack(backend: Tokenizer, begin: int, dtype: np.dtype, batch: list[tuple[str, str]]) -> list[bytes]:
     """The tokens of each text of a batch of (split, text), and the begin token, as bytes."""
     encodings = backend.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
     return [np.array([*encoding.ids, begin], dtype=dtype).tobytes() for encoding in encodings]

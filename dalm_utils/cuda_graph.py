@@ -29,7 +29,7 @@ def capture(compute: Callable[[], None]) -> Callable[[], None]:
 class ReplayedStep:
     """Runs a step eagerly at first, and then as a CUDA graph on static inputs.
 
-    `compute(parts, mask, taught)` must work in place, let nothing it allocates outlive it, and never wait for the
+    `compute(parts, mask, with_teacher)` must work in place, let nothing it allocates outlive it, and never wait for the
     device. Batches have fixed shapes. There is one graph for each combination of with or without a mask, with or
     without a teacher, captured when it is first needed. If a capture fails, everything runs eagerly from then on.
 
@@ -50,12 +50,12 @@ class ReplayedStep:
         self.inputs: dict[tuple, tuple[list[Batch], Tensor | None, bool]] = {}
         self.calls: Counter = Counter()
 
-    def __call__(self, parts: list[Batch], mask: Tensor | None, taught: bool) -> None:
+    def __call__(self, parts: list[Batch], mask: Tensor | None, with_teacher: bool) -> None:
         """Take one step on these host tensors; they are copied while the device still works on the step before."""
-        key = (mask is None, taught)
+        key = (mask is None, with_teacher)
         if key not in self.inputs:
             static = [part.map(self._buffer) for part in parts]
-            self.inputs[key] = (static, None if mask is None else self._buffer(mask), taught)
+            self.inputs[key] = (static, None if mask is None else self._buffer(mask), with_teacher)
         inputs = self.inputs[key]
         for buffer, part in zip(inputs[0], parts, strict=True):
             for name, tensor in part.tensors().items():

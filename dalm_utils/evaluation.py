@@ -14,18 +14,39 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .annealing import annealed_mask
-from .backbone import begin_id, encode, require_mask_id
+from .backbone import begin_id, encode, hidden_states, predicting_states, require_mask_id
+from .head import chunk_rows, logits_of, mask_id_of
 from .machine import autocast
 from .objective import default_maskable, diffusion_loss, seeded
 
 
+def standard_error(values: np.ndarray, documents: np.ndarray | None = None) -> float:
+    """The standard error of the mean of `values` `[N]` over blocks of text.
+
+    Blocks of one document resemble each other, so documents are counted, not blocks. With u_g the sum of
+    (value - mean) over the blocks of document g, and G documents, it is the cluster-robust
+
+        sqrt(G / (G - 1) * sum over g of u_g^2) / N,
+
+    which is s / sqrt(N) if each block has a document of its own (Liang and Zeger, Biometrika 1986). NaN for G = 1.
+
+    Args:
+        documents: `[N]`, equal for blocks of the same document; None means that no two blocks share one.
+    """
+    labels = np.arange(len(values)) if documents is None else np.unique(documents, return_inverse=True)[1]
+    sums = np.bincount(labels, values - values.mean())  # [G]
+    count = len(sums)
+    return math.sqrt(count / (count - 1) * float(sums @ sums)) / len(values) if count > 1 else math.nan
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over blocks, in nats per token, with its standard error."""
+    """A mean over blocks, in nats per token, with its standard error over documents (see `standard_error`)."""
 
-    per_block: np.ndarray  # [N] nats per token of each block: subtract two of these for a paired difference
+    per_block: np.ndarray  # [N] nats per token of each block
     tokens: int  # predicted tokens in all
     bytes: int  # of the text they spell
+    documents: np.ndarray | None = None  # [N] equal for blocks of the same document; None where it is not known
 
     @property
     def mean(self) -> float:
@@ -33,13 +54,12 @@ class Estimate:
 
     @property
     def stderr(self) -> float:
-        return (
-            float(self.per_block.std(ddof=1) / math.sqrt(len(self.per_block))) if len(self.per_block) > 1 else math.nan
-        )
+        return standard_error(self.per_block, self.documents)
 
     @property
     def bits_per_byte(self) -> float:
-        return self.mean * self.tokens / (self.bytes * math.log(2))
+        """NaN for tokens that spell no text, such as special ones alone."""
+        return self.mean * self.tokens / (self.bytes * math.log(2)) if self.bytes else math.nan
 
     @property
     def perplexity(self) -> float:
@@ -69,7 +89,8 @@ def nelbo(
     unbiased, with much less variance than drawing times and coins.  The same seed gives every model the same masks.
 
     Args:
-        blocks: `[N, L]` long, or a sequence of `[L]` such as `Blocks`; position 0 is the begin token.
+        blocks: `[N, L]` long, or a sequence of `[L]`; position 0 is the begin token. From `Blocks` the standard error
+            knows which of them lie in the same document.
         num_samples: masks drawn per block.
         batch_size: sequences in one forward pass.
         precision: of the trunk's matrix products (the head runs in its weights' dtype); see `RunConfig.precision`.
@@ -78,13 +99,13 @@ def nelbo(
     Raises:
         ValueError: a model without [MASK], blocks longer than the model, or no sample.
     """
-    blocks = stack(blocks)
+    documents, blocks = documents_of(blocks), stack(blocks)
     sets = _random_sets(len(blocks), blocks.shape[1] - 1, num_samples, seeded(seed, 0, "nelbo"))
     masked = F.pad(sets, (1, 0))  # position 0 begins the block and never counts
     tokens = blocks.repeat_interleave(num_samples, 0)
     noised = torch.where(masked, require_mask_id(model), tokens)
     means = _token_means(model, tokens, noised, masked, None, batch_size, precision, progress)
-    return _estimate(means.view(-1, num_samples).mean(1), tokenizer, blocks)
+    return _estimate(means.view(-1, num_samples).mean(1), tokenizer, blocks, documents)
 
 
 def _random_sets(rows: int, n: int, num_samples: int, draws: torch.Generator) -> Tensor:
@@ -146,10 +167,10 @@ def ar_nll(
     progress: bool = False,
 ) -> Estimate:
     """The negative log-likelihood per token of an autoregressive model, on the same tokens as `nelbo`."""
-    blocks = stack(blocks)
+    documents, blocks = documents_of(blocks), stack(blocks)
     causal = annealed_mask(blocks.shape[1], 0.0, dtype=model.dtype, device=model.device)
     means = _token_means(model, blocks, blocks, default_maskable(blocks), causal, batch_size, precision, progress)
-    return _estimate(means, tokenizer, blocks)
+    return _estimate(means, tokenizer, blocks, documents)
 
 
 def _token_means(model, tokens, noised, masked, attention_mask, batch_size, precision, progress=False) -> Tensor:
@@ -175,18 +196,130 @@ def _token_means(model, tokens, noised, masked, attention_mask, batch_size, prec
     return torch.cat(means)
 
 
-def _estimate(means: Tensor, tokenizer: PreTrainedTokenizerBase, blocks: Tensor) -> Estimate:
+def _estimate(
+    means: Tensor, tokenizer: PreTrainedTokenizerBase, blocks: Tensor, documents: np.ndarray | None
+) -> Estimate:
     text = tokenizer.batch_decode(blocks[:, 1:], skip_special_tokens=True)
     num_bytes = sum(len(piece.encode("utf-8", "replace")) for piece in text)
-    return Estimate(means.numpy(), blocks[:, 1:].numel(), num_bytes)
+    return Estimate(means.numpy(), blocks[:, 1:].numel(), num_bytes, documents)
 
 
 def stack(blocks: Sequence[Tensor] | Tensor) -> Tensor:
+    """`[N, L]` on the CPU, of a sequence of `[L]`."""
     blocks = blocks if isinstance(blocks, Tensor) else torch.stack([blocks[i] for i in range(len(blocks))])
     return blocks.cpu()
 
 
+def documents_of(blocks: Sequence[Tensor] | Tensor) -> np.ndarray | None:
+    """`[N]` the document that each of `Blocks` lies in; None for a tensor, which does not know."""
+    return getattr(blocks, "documents", None)
+
+
 def paired_difference(first: Estimate, second: Estimate) -> tuple[float, float]:
-    """first - second on the same blocks, in nats per token, and its standard error."""
+    """first - second on the same blocks, in nats per token, and its standard error (see `standard_error`).
+
+    Raises:
+        ValueError: the two were not measured on the same blocks.
+    """
+    known = [x.documents for x in (first, second) if x.documents is not None]
+    if len(first.per_block) != len(second.per_block) or not all(np.array_equal(known[0], x) for x in known):
+        raise ValueError(
+            f"a paired difference needs two estimates on the same blocks, got {len(first.per_block)} and "
+            f"{len(second.per_block)} blocks" + " of other documents" * (len(first.per_block) == len(second.per_block))
+        )
     difference = first.per_block - second.per_block
-    return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference)))
+    return float(difference.mean()), standard_error(difference, known[0] if known else None)
+
+
+# ------------------------------------------------------------------------------------- by the fraction hidden
+@dataclass(frozen=True)
+class Restored:
+    """How well hidden tokens were predicted when a fraction t of the text was hidden, for several t.
+
+    Rows are times, columns blocks; NaN where no token of a block was hidden.
+    """
+
+    times: tuple[float, ...]
+    nll: np.ndarray  # [T, N] nats per hidden token
+    accuracy: np.ndarray  # [T, N] fraction of the hidden tokens that were the most probable ones
+    documents: np.ndarray | None = None  # [N] equal for blocks of the same document; None where it is not known
+
+    def mean(self, what: str) -> tuple[np.ndarray, np.ndarray]:
+        """Mean over blocks of "nll" or "accuracy" at each time, and its standard error: `[T]` each."""
+        return _means_and_errors(getattr(self, what), self.documents)
+
+    def difference(self, other: Restored, what: str) -> tuple[np.ndarray, np.ndarray]:
+        """self - other on the same blocks: the mean at each time, and the standard error of the paired difference."""
+        return _means_and_errors(getattr(self, what) - getattr(other, what), self.documents)
+
+
+def _means_and_errors(values: np.ndarray, documents: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    errors = []
+    for row in values:
+        known = ~np.isnan(row)
+        errors.append(standard_error(row[known], None if documents is None else documents[known]))
+    return np.nanmean(values, -1), np.array(errors)
+
+
+TIMES = (0.05, 0.15, 0.25, 0.4, 0.6, 0.8, 1.0)
+
+
+@torch.no_grad()
+def by_time(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: Sequence[Tensor] | Tensor,
+    *,
+    times: Sequence[float] = TIMES,
+    seed: int = 0,
+    batch_size: int = 32,
+    precision: str = "auto",
+) -> Restored:
+    """How well a model restores the tokens of held-out text when each is hidden with probability t, for several t.
+
+    A diffusion model reads what is not hidden, on both sides. An AR model reads the clean text to the left of each
+    hidden token, as if nothing else had been hidden there: the best it could do. The same seed hides the same tokens
+    from every model, so differences are paired.
+
+    Args:
+        blocks: `[N, L]` long, or a sequence of `[L]`; position 0 is the begin token, which is never hidden.
+        times: probabilities in (0, 1].
+
+    Raises:
+        ValueError: a time outside (0, 1].
+    """
+    if not times or not all(0 < t <= 1 for t in times):
+        raise ValueError(f"times are probabilities above 0 and at most 1, got {list(times)}")
+    documents, blocks, mask_id = documents_of(blocks), stack(blocks), mask_id_of(model)
+    causal = None
+    if mask_id is None:
+        causal = annealed_mask(blocks.shape[1], 0.0, dtype=model.dtype, device=model.device)
+    was_training = model.training
+    model.eval()
+    results = []
+    for t in times:
+        coins = torch.rand(blocks.shape, generator=seeded(seed, 0, "by time"))
+        hidden = (coins < t) & default_maskable(blocks)
+        read = blocks if mask_id is None else torch.where(hidden, mask_id, blocks)
+        pieces = zip(blocks.split(batch_size), read.split(batch_size), hidden.split(batch_size), strict=True)
+        with autocast(model.device, precision):
+            results.append(torch.cat([_restored(model, *piece, causal) for piece in pieces], -1))  # [2, N]
+    model.train(was_training)
+    nll, accuracy = torch.stack(results, 1).numpy()
+    return Restored(tuple(times), nll, accuracy, documents)
+
+
+def _restored(model, tokens: Tensor, read: Tensor, hidden: Tensor, causal: Tensor | None) -> Tensor:
+    """Mean -log p and accuracy over each sequence's hidden tokens: `[2, B]` float64 on the CPU, NaN where none is."""
+    places = hidden.flatten().nonzero()[:, 0].to(model.device)
+    targets = tokens.flatten().to(model.device)[places]
+    states = predicting_states(model, hidden_states(model, read.to(model.device), causal), places)
+    chunk = chunk_rows(model.get_output_embeddings().weight)
+    scores = []
+    for part, target in zip(states.split(chunk), targets.split(chunk), strict=True):
+        logits = logits_of(model, part)
+        nll = F.cross_entropy(logits, target, reduction="none")
+        scores.append(torch.stack([nll.double(), (logits.argmax(-1) == target).double()]))
+    sums = torch.zeros(2, len(tokens), dtype=torch.float64)
+    rows = (places // tokens.shape[1]).cpu()
+    return sums.index_add_(1, rows, torch.cat(scores, 1).cpu()) / hidden.sum(1)

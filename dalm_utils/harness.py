@@ -70,7 +70,7 @@ class Responder:
         Raises:
             ValueError: more tokens to write than the model has positions.
         """
-        written = []
+        written: list[str] = []
         bar = tqdm(total=len(requests), desc="writing")
         for options, group in itertools.groupby(requests, key=lambda request: request[1]):
             contexts = [context for context, _ in group]

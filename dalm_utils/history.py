@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +17,7 @@ class History:
 
     Keys: step, tokens, loss (mean since the last record), ratio, lr, grad_norm, seconds, tokens_per_second, memory
     (GiB), eta (seconds), and on evaluated steps nelbo (nats per token), nelbo_stderr, bits_per_byte; a generated
-    text under sample. AR runs have nll instead of nelbo. A figure that was not finite is None.
+    text under sample. AR runs have nll instead of nelbo. A value that was not finite is None.
     About stability: skipped (steps so far whose gradient was not finite or a spike), spikes, largest_norm (since the
     last record), norm_limit (a larger norm would be a spike now), saturated (fraction of the predictions), loss_scale
     (FP16); and event, a sentence, where a run rolled back or ran out of patience.
@@ -24,12 +26,13 @@ class History:
     path: Path | None = None
     records: list[dict] = field(default_factory=list)
     behind: bool = False  # the file lacks records, because the disk refused them
+    stopped_by: int | None = None  # the signal that stopped training before its last step
 
     @classmethod
     def load(cls, path: Path) -> History:
         """Read a file back; a last line that a crash cut short is dropped."""
         records = []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
             try:
                 records.append(json.loads(line))
             except ValueError:
@@ -37,25 +40,34 @@ class History:
         return cls(path, records)
 
     def append(self, record: dict) -> None:
-        """Add a record, on disk too. If the disk refuses it, it is written together with the next one."""
+        """Add a record, also to the file. If the disk refuses it, that is reported, and the next call tries again."""
         self.records.append(record)
         if self.path is None:
             return
+        if self.behind:
+            self.save()
+        else:
+            with self._reporting(), self.path.open("a") as file:
+                file.write(_line(record))
+
+    def save(self) -> None:
+        """Make the file hold exactly `records`. A disk that refuses is reported, as by `append`."""
+        with self._reporting():
+            self.write(self.path)
+
+    def write(self, path: Path) -> None:
+        """Replace the content of a file by `records`, in one move. Raises OSError if the disk refuses."""
+        write_file(path, "".join(map(_line, self.records)))
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
         try:
-            if self.behind:
-                self.write(self.path)
-            else:
-                with self.path.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
+            yield
             self.behind = False
         except OSError as error:
             if not self.behind:
-                warn(f"{self.path.name} could not be written ({error.strerror}); its records wait in memory")
+                warn(f"{self.path.name} could not be written ({error.strerror}); its records are kept in memory")
             self.behind = True
-
-    def write(self, path: Path) -> None:
-        """Replace the content of a file by `records`, in one move."""
-        write_file(path, "".join(json.dumps(record) + "\n" for record in self.records))
 
     def series(self, key: str, x: str = "step") -> tuple[list, list]:
         """The points at which `key` was recorded: ([x...], [value...])."""
@@ -67,19 +79,36 @@ class History:
         return next((r[key] for r in reversed(self.records) if r.get(key) is not None), None)
 
     def window(self, key: str, first: int, last: int) -> float:
-        """The mean of `key` over records with first <= step < last; steadier than any single value."""
+        """The mean of `key` over records with first <= step < last, which is steadier than any single value.
+
+        Raises:
+            ValueError: no record there has `key`.
+        """
         values = [r[key] for r in self.records if first <= r["step"] < last and r.get(key) is not None]
         if not values:
             raise ValueError(f"no record of {key!r} with {first} <= step < {last}")
         return sum(values) / len(values)
 
     def tokens_until(self, key: str, value: float) -> float | None:
-        """The tokens after which `key` first fell to `value`, on straight lines between records; None: it never did."""
+        """The number of tokens after which `key` first fell to `value`, interpolated linearly; None if it never did."""
         tokens, values = self.series(key, "tokens")
         for i, reached in enumerate(values):
             if reached <= value:
                 if i == 0:
                     return float(tokens[0])
-                share = (values[i - 1] - value) / (values[i - 1] - reached)
-                return tokens[i - 1] + share * (tokens[i] - tokens[i - 1])
+                fraction = (values[i - 1] - value) / (values[i - 1] - reached)
+                return tokens[i - 1] + fraction * (tokens[i] - tokens[i - 1])
         return None
+
+
+def _line(record: dict) -> str:
+    return json.dumps(record) + "\n"
+
+
+def _parse(line: bytes) -> dict | None:
+    """The record in a line of a history, or None if it holds none."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "step" in record else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 import time
 from itertools import cycle
 
@@ -13,6 +14,7 @@ from IPython.display import HTML, display
 from torch import Tensor
 
 from .config import RunConfig
+from .evaluation import Restored
 from .history import History
 from .sampling import Samples
 
@@ -100,7 +102,7 @@ class Live:
         self.every, self.drawn, self.handle = every, -math.inf, None  # seconds between two drawings
 
     def __call__(self, history: History | dict[str, History], config: RunConfig | None = None) -> None:
-        histories = history if isinstance(history, dict) else {config.name: history}
+        histories = history if isinstance(history, dict) else {config.name if config else "run": history}
         last = [history.records[-1] for history in histories.values()]
         worth_waiting = any("nelbo" in record or "event" in record for record in last)
         if time.monotonic() - self.drawn < self.every and not worth_waiting:
@@ -114,7 +116,7 @@ class Live:
         axis.legend(loc="upper right")
         if sample := one.last("sample"):
             text = " ".join(sample[:110].split()).replace("$", r"\$")
-            figure.text(0.01, -0.06, "it writes: " + text, fontsize=8, family="monospace", color=GREY)
+            figure.text(0.01, -0.06, "sample: " + text, fontsize=8, family="monospace", color=GREY)
         if self.handle is None:
             self.handle = display(figure, display_id=True)
         else:
@@ -176,7 +178,9 @@ def _draw_loss(axis, histories: dict[str, History], evaluated: bool = True) -> N
 
 
 def _smooth(x: list, y: list, window: int = 5) -> tuple[list, list]:
-    return x, [float(np.mean(y[max(0, i - window + 1) : i + 1])) for i in range(len(y))]
+    """Means of `window` points around each; fewer at the ends, where the window is cut on both sides alike."""
+    widths = [min(window // 2, i, len(y) - 1 - i) for i in range(len(y))]
+    return x, [float(np.mean(y[i - width : i + width + 1])) for i, width in enumerate(widths)]
 
 
 def _token_axis(axis, history: History) -> None:
@@ -231,11 +235,11 @@ def worth_against_budget(worth: dict[int, list[float]], what: str) -> None:
 
 # ---------------------------------------------------------------------------------------------- stability
 def stability(history: History) -> None:
-    """What the checks of a run saw: gradient norms, steps left out, saturation, loss scale; red where it went back."""
+    """What the checks of a run saw: gradient norms, skipped steps, saturation, loss scale; red at a rollback."""
     panels = {
         "largest_norm": "largest gradient norm",
-        "skipped": "steps left out so far",
-        "saturated": "share of saturated predictions",
+        "skipped": "skipped steps so far",
+        "saturated": "fraction of saturated predictions",
     }
     if history.series("loss_scale")[0]:
         panels["loss_scale"] = "loss scale"
@@ -244,13 +248,13 @@ def stability(history: History) -> None:
         axis.plot(*history.series(key), color=BLUE, lw=1.8, drawstyle="steps-post" if key == "skipped" else "default")
         for step, event in zip(*history.series("event"), strict=True):
             if "back to step" in event:
-                axis.axvline(step, color=RED, linestyle="--", lw=1.4, label="went back to here")
+                axis.axvline(step, color=RED, linestyle="--", lw=1.4, label="rolled back to here")
         axis.set(title=title, xlabel="optimizer step")
-    axes[0].plot(*history.series("norm_limit"), color=ORANGE, linestyle=":", label="a spike, from here on")
+    axes[0].plot(*history.series("norm_limit"), color=ORANGE, linestyle=":", label="limit of a spike")
     axes[0].set_yscale("log")
     most = max(1.0, history.last("skipped") or 0), max(0.02, *history.series("saturated")[1])
     for axis, top in zip(axes[1:], most, strict=False):
-        axis.set_ylim(-0.05 * top, 1.1 * top)  # a line of zeros is seen too
+        axis.set_ylim(-0.05 * top, 1.1 * top)  # so that a line of zeros is visible
     axes[1].locator_params(axis="y", integer=True)
     figure.legend(*_once(axes[0]), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2)
     _show(figure)
@@ -299,26 +303,21 @@ _GAP = "<span style='background:#c9ced6;border-radius:3px'>░░░</span>"
 
 
 def viewer(samples: Samples, tokenizer, row: int = 0) -> None:
-    """Step through one sample's denoising with a slider, in plain HTML: no kernel, no widgets.
+    """Step through the denoising of one sample with a slider, in plain HTML: no kernel, no widgets.
 
-    Without scripts (on GitHub, or in a notebook not yet trusted) the finished text remains, and the colour of each
-    token still says when it appeared: dark ones early, pale ones late, given ones in black.
+    Without scripts (on GitHub, or in a notebook that is not trusted yet) the finished text remains; `strip` shows the
+    same as a picture.
     """
-    ids = samples.tokens[row].tolist()[1:]
-    born = dict.fromkeys(range(len(ids)), -1)
-    for index, reveal in enumerate(samples.history):
-        for r, position in zip(reveal.rows, reveal.positions, strict=True):
-            if r == row:
-                born[position - 1] = index
+    born = _born(samples, row)
     last = max(1, len(samples.history) - 1)
     spans = []
-    for i, token in enumerate(ids):
+    for i, token in enumerate(samples.tokens[row].tolist()[1:]):
         if not samples.shown[row, i + 1]:
             continue
         text = html.escape(tokenizer.decode([token]))
         shade = "#111" if born[i] < 0 else f"hsl(212,65%,{25 + 40 * born[i] / last:.0f}%)"
         spans.append(f"<span data-born='{born[i]}' style='color:{shade}'>{text}</span>")
-    key = f"v{abs(hash((tuple(ids), row))) % 10**10}"
+    key = f"v{abs(hash((tuple(samples.tokens[row].tolist()), row))) % 10**10}"
     script = (
         f"(function(n){{document.querySelectorAll('#{key} span[data-born]').forEach(function(s){{"
         "var hide=+s.dataset.born>=n;s.style.background=hide?'#c9ced6':'';s.style.borderRadius='3px';"
@@ -327,10 +326,110 @@ def viewer(samples: Samples, tokenizer, row: int = 0) -> None:
     )
     total = len(samples.history)
     slider = (
-        f"<label>reveal steps done: <b id='{key}-n'>{total}</b> of {total} "
-        f"<input type='range' min='0' max='{total}' value='{total}' style='width:60%' oninput=\"{script}\"></label>"
+        f"<p style='margin:4px 0'>move the slider: <b id='{key}-n'>0</b> of {total} passes</p>"
+        f"<input type='range' min='0' max='{total}' value='0' style='width:95%' oninput=\"{script}\">"
     )
     display(HTML(f"<div>{slider}<pre id='{key}' style='{_PAPER}'>{''.join(spans)}</pre></div>"))
+
+
+def _born(samples: Samples, row: int) -> list[int]:
+    """For each position but the first, the pass that revealed its final token; -1 where it was given."""
+    born = [-1] * (samples.tokens.shape[1] - 1)
+    for index, reveal in enumerate(samples.history):
+        for r, position in zip(reveal.rows, reveal.positions, strict=True):
+            if r == row:
+                born[position - 1] = index
+    return born
+
+
+def strip(samples: Samples, tokenizer, row: int = 0, frames: int = 5, width: int = 96) -> None:
+    """The denoising of one sample as a picture: grey boxes are masked, orange words are new since the frame before.
+
+    Args:
+        samples: with `return_history`.
+        frames: how many moments to draw, from the first to the last.
+        width: characters per line.
+    """
+    born, total = _born(samples, row), len(samples.history)
+    keep = [i for i in range(len(born)) if samples.shown[row, i + 1]]
+    pieces = [tokenizer.decode([samples.tokens[row, i + 1].item()]) for i in keep]
+    cuts = [round(total * frame / (frames - 1)) for frame in range(frames)]
+    figure, axes = plt.subplots(frames, 1, figsize=(CHARACTER * width, 0.2))
+    before, lines = 0, 1
+    for axis, cut in zip(axes, cuts, strict=True):
+        states = [
+            "given" if born[i] < 0 else "masked" if born[i] >= cut else "new" if born[i] >= before else "old"
+            for i in keep
+        ]
+        lines = _paragraph(axis, list(zip(pieces, states, strict=True)), width)
+        axis.set_title(f"after {cut} of {total} passes", loc="left", fontsize=9)
+        before = cut
+    figure.set_size_inches(CHARACTER * width, frames * (0.2 * lines + 0.3))
+    _show(figure)
+
+
+def restored_text(pieces: list[tuple[str, str]], width: int = 96) -> None:
+    """A passage some of whose tokens were hidden and restored: right ones green, wrong ones red, given ones black.
+
+    Args:
+        pieces: the text of each token, and "given", "right" or "wrong".
+    """
+    figure, axis = plt.subplots(figsize=(CHARACTER * width, 1))
+    lines = _paragraph(axis, pieces, width)
+    figure.set_size_inches(CHARACTER * width, 0.2 * lines + 0.3)
+    _show(figure)
+
+
+CHARACTER = 0.079  # inches per character of a paragraph, at its font size
+INKS = {"given": "#111111", "old": "#111111", "masked": GREY, "new": ORANGE, "right": GREEN, "wrong": RED}
+
+
+def _paragraph(axis, pieces: list[tuple[str, str]], width: int) -> int:
+    """Draw pieces of text in their states, in lines of `width` characters; returns the number of lines."""
+    line, column = 0, 0
+    for text, state in pieces:
+        for word in re.findall(rf"\n|[^\n]{{1,{width}}}", text):
+            if word == "\n" or column + len(word) > width:
+                line, column = line + 1, 0
+            if word == "\n":
+                continue
+            if state == "masked":
+                box = plt.Rectangle((column, -line - 0.8), len(word) - 0.15, 0.75, color="#c9ced6", lw=0)
+                axis.add_patch(box)
+            else:
+                plain = "".join(c if c.isprintable() else "·" for c in word).replace("$", r"\$")
+                axis.text(column, -line - 0.42, plain, family="monospace", fontsize=9, va="center", color=INKS[state])
+            column += len(word)
+    axis.set(xlim=(0, width), ylim=(-line - 1.1, 0.1))
+    axis.axis("off")
+    return line + 1
+
+
+def by_time(scores: dict[str, Restored]) -> None:
+    """How well hidden tokens are restored when a fraction t of the text is hidden: accuracy, NLL, and paired gains.
+
+    Args:
+        scores: models scored on the same hidden tokens; the last one is what the others are compared with.
+    """
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8))
+    *_, (reference, base) = scores.items()
+    for (name, score), color in zip(scores.items(), cycle(COLORS), strict=False):
+        style = dict(color="black" if name == reference else color, marker="o", ms=4, capsize=3, label=name)
+        style |= dict(linestyle="--") if name == reference else {}
+        for axis, what, factor in ((left, "accuracy", 100), (middle, "nll", 1)):
+            mean, error = score.mean(what)
+            axis.errorbar(score.times, factor * mean, yerr=factor * error, **style)
+        if name != reference:
+            gain, error = score.difference(base, "accuracy")
+            right.errorbar(score.times, 100 * gain, yerr=100 * error, **style)
+    right.axhline(0, color="black", lw=0.8)
+    left.set(ylabel="exactly right, %", title="hidden tokens restored")
+    middle.set(ylabel="nats per hidden token", title="negative log-likelihood")
+    right.set(ylabel="percentage points", title=f"gain over {reference}, paired")
+    for axis in (left, middle, right):
+        axis.set(xlabel="fraction of the text that is hidden, t", ylim=(min(0, axis.get_ylim()[0]), None))
+    figure.legend(*left.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=4)
+    _show(figure)
 
 
 def _show(figure) -> None:

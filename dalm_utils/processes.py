@@ -1,19 +1,22 @@
-"""What exists only because there may be several processes: gathering, agreeing, sharding."""
+"""What exists only because there may be several processes: agreeing, sharding, and leaving in order."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin, broadcast_object_list
 from safetensors.torch import load_file, load_model
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -67,8 +70,6 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         raise ValueError(
             f"training under {kind.value} is not supported; launch with --multi_gpu, or --use_fsdp --fsdp_version 2"
         )
-    if is_sharded(accelerator):
-        _configure_fsdp(accelerator.state.fsdp_plugin)
     return accelerator
 
 
@@ -106,6 +107,15 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ sharding
+def prepare(accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
+    """The module and its optimizer, wrapped for several processes, each of which has loaded all weights."""
+    if is_sharded(accelerator):
+        plugin = accelerator.state.fsdp_plugin
+        plugin.cpu_ram_efficient_loading = False  # from empty weights, the head would lose its tie to the embeddings
+        plugin.mixed_precision_policy = None  # autocast casts, as on one process; losses, times and sums stay in FP32
+    return accelerator.prepare(module, optimizer)
+
+
 @contextlib.contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
     """Use the wrapped model outside of a training step: FSDP gathers the weights that lie in no block."""
@@ -149,9 +159,48 @@ def load_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, file: Pa
     set_optimizer_state_dict(module, optimizer, state, options=FULL_STATE)
 
 
-def _configure_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
-    """Every process has loaded the weights: from empty ones, as accelerate would start, the head would lose its tie to
-    the embeddings. And FSDP casts nothing: autocast does, as on one process, and losses, times and sums stay in FP32.
+# ------------------------------------------------------------------------------------------------- leaving
+_is_in_step = True  # False while training, and after an error ended it
+
+
+@contextlib.contextmanager
+def leave_group_at_exit() -> Iterator[None]:
+    """Destroy the process group that accelerate creates inside this block, when the interpreter exits.
+
+    accelerate creates the group of a launched run (`torchrun`, `accelerate launch`) and destroys it nowhere. The
+    threads of gloo then run on while the interpreter is torn down, and every so often one of them aborts the process
+    of a finished run; NCCL prints a warning.
+
+    It is not destroyed at the end of the block, because the script may train again or use the group itself, and a
+    second group cannot be created with the launcher's store, which holds the addresses of the first. A group that
+    existed before the block belongs to the script that created it.
     """
-    plugin.cpu_ram_efficient_loading = False
-    plugin.mixed_precision_policy = None
+    global _is_in_step
+    creates = not distributed.is_initialized()
+    _is_in_step = False
+    try:
+        yield
+        _is_in_step = True
+    finally:
+        if creates and distributed.is_initialized():
+            atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    """Destroy the group and join its threads.
+
+    After an error the other processes may be in a collective that this one never enters. Destroying a gloo group
+    waits for nobody: its connections close, and the collective fails. Destroying an NCCL group would wait for the
+    others, so after an error it is left alone, and the end of the process aborts it.
+    """
+    if not distributed.is_initialized():
+        return
+    error = getattr(sys, "last_value", None)
+    if (error is not None or not _is_in_step) and distributed.get_backend() != "gloo":
+        return
+    distributed.destroy_process_group()
+    sys.last_traceback = None
+    while error is not None:  # frames of a traceback hold the run
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+    gc.collect()  # the threads end with the last reference to the group; the wrapped model has one, and is in a cycle

@@ -1,11 +1,11 @@
-"""What generated text is worth: a judge's opinion beside its variety, and gaps in real text restored."""
+"""The quality of generated text: perplexity under a judge beside diversity, and gaps in real text restored."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .annealing import annealed_mask
 from .backbone import begin_id, hidden_states, predicting_states
-from .evaluation import ar_nll, stack
+from .evaluation import ar_nll, documents_of, stack, standard_error
 from .head import logits_of, mask_id_of
 from .machine import autocast
 from .objective import seeded
@@ -26,12 +26,12 @@ from .sampling import draw, generate
 
 @dataclass(frozen=True)
 class TextQuality:
-    """How good generated text looks to a judge, never without how varied it is."""
+    """Perplexity under a judge, never without diversity: a text that repeats itself has a low perplexity."""
 
-    perplexity: float  # of the text under an AR model; repetition makes it low, so read it with the next three
-    entropy: float  # of the samples' own unigram distribution, mean over samples, in nats
+    perplexity: float  # of the text under an AR model
+    entropy: float  # of a sample's unigram distribution in nats, mean over samples
     distinct_2: float  # distinct pairs of adjacent tokens / all pairs, mean over samples
-    repetition: float  # share of tokens that stand among the 16 before them, mean over samples
+    repetition: float  # fraction of tokens that occur among the 16 before them, mean over samples
 
 
 def text_quality(judge: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Tensor) -> TextQuality:
@@ -50,35 +50,38 @@ def text_quality(judge: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tok
 
 
 def _entropy(row: list[int]) -> float:
-    shares = np.array(list(Counter(row).values())) / len(row)
-    return float(-(shares * np.log(shares)).sum())
+    frequencies = np.array(list(Counter(row).values())) / len(row)
+    return float(-(frequencies * np.log(frequencies)).sum())
 
 
 @dataclass(frozen=True)
 class InfillQuality:
     """How well gaps in held-out text are restored: scores between 0 and 1, higher is better.
 
-    token_match is the share of a gap's tokens that are right, exact_match is 1 where all are; rouge1, rouge2 and
+    token_match is the fraction of a gap's tokens that are right, exact_match is 1 where all are; rouge1, rouge2 and
     rougeL are F1 on the words of the gap (the package rouge-score, without stemming).
     """
 
     per_block: dict[str, np.ndarray]  # [N] of each score; NaN where a gap holds no word, or pair of words, to compare
-    filled: Tensor  # [N, gap] long: what the model wrote
+    filled: Tensor  # [N, gap] long: the tokens that the model generated
+    documents: np.ndarray | None = None  # [N] equal for blocks of the same document; None where it is not known
 
     @property
     def mean(self) -> dict[str, float]:
-        return {name: _mean_and_error(scores)[0] for name, scores in self.per_block.items()}
+        return {name: _mean_and_error(scores, self.documents)[0] for name, scores in self.per_block.items()}
 
     @property
     def stderr(self) -> dict[str, float]:
-        return {name: _mean_and_error(scores)[1] for name, scores in self.per_block.items()}
+        return {name: _mean_and_error(scores, self.documents)[1] for name, scores in self.per_block.items()}
 
 
-def _mean_and_error(scores: np.ndarray) -> tuple[float, float]:
-    """Of those that are defined; NaN where there are too few."""
-    defined = scores[~np.isnan(scores)]
-    mean = float(defined.mean()) if len(defined) else math.nan
-    return mean, float(defined.std(ddof=1)) / math.sqrt(len(defined)) if len(defined) > 1 else math.nan
+def _mean_and_error(scores: np.ndarray, documents: np.ndarray | None) -> tuple[float, float]:
+    """Of those that are defined, see `evaluation.standard_error`; NaN where there are too few."""
+    defined = ~np.isnan(scores)
+    if not defined.any():
+        return math.nan, math.nan
+    known = None if documents is None else documents[defined]
+    return float(scores[defined].mean()), standard_error(scores[defined], known)
 
 
 @torch.no_grad()
@@ -97,25 +100,25 @@ def infilling(
 ) -> InfillQuality:
     """Cut a gap into each block and let the model restore it.
 
-    A diffusion model sees what stands on both sides, and writes one token a step, unless another order is asked for;
-    an AR model sees the prefix alone and goes on.  Both take the most probable token (temperature 0), or draw at the
-    same temperature.  The same seed gives every model the same gaps.
+    A diffusion model sees the text on both sides and reveals one token per step, unless `order` says otherwise; an AR
+    model continues the prefix. Both take the most probable token (temperature 0), or sample at the same temperature.
+    The same seed gives every model the same gaps.
 
     Args:
         blocks: `[N, L]` long, or a sequence of `[L]` such as `Blocks`; position 0 is the begin token.
         gap: tokens to cut out, at a place drawn uniformly from those that leave a token on either side.
-        order: in which a diffusion model writes; see `generate`.
+        order: in which a diffusion model reveals tokens; see `generate`.
 
     Raises:
         ValueError: a gap that does not fit between a prefix and a suffix.
     """
-    blocks = stack(blocks)
+    documents, blocks = documents_of(blocks), stack(blocks)
     length = blocks.shape[1]
     if not 1 <= gap <= length - 3:
         raise ValueError(f"a gap in blocks of {length} tokens has 1 to {length - 3}, got {gap}")
     starts = torch.randint(2, length - gap, (len(blocks), 1), generator=seeded(seed, gap, "gaps"))
     columns = starts + torch.arange(gap)  # [N, gap]
-    fill = _continue if mask_id_of(model) is None else partial(_fill, order=order)
+    fill: Callable = _continue if mask_id_of(model) is None else partial(_fill, order=order)
     was_training = model.training
     model.eval()
     pieces = enumerate(zip(blocks.split(batch_size), columns.split(batch_size), strict=True))
@@ -123,11 +126,11 @@ def infilling(
     filled = [fill(model, tokenizer, *piece, temperature, seed + number, precision) for number, piece in bar]
     model.train(was_training)
     filled = torch.cat(filled)
-    return InfillQuality(_gap_scores(tokenizer, filled, blocks.gather(1, columns)), filled)
+    return InfillQuality(_gap_scores(tokenizer, filled, blocks.gather(1, columns)), filled, documents)
 
 
 def _fill(model, tokenizer, blocks, columns, temperature, seed, precision, order) -> Tensor:
-    """What a diffusion model writes at `columns` `[B, gap]` of `blocks` `[B, L]`, given all the rest: `[B, gap]`."""
+    """A diffusion model's tokens at `columns` `[B, gap]` of `blocks` `[B, L]`, given all the others: `[B, gap]`."""
     gap = columns.shape[1]
     parts = [[row[1 : at[0]], gap, row[at[-1] + 1 :]] for row, at in zip(blocks, columns, strict=True)]
     options = dict(order=order, temperature=temperature, seed=seed, precision=precision)
@@ -135,7 +138,7 @@ def _fill(model, tokenizer, blocks, columns, temperature, seed, precision, order
 
 
 def _continue(model, tokenizer, blocks, columns, temperature, seed, precision) -> Tensor:
-    """What an AR model writes there, given what stands to the left: `[B, gap]`."""
+    """An AR model's tokens there, given those to the left: `[B, gap]`."""
     given = torch.arange(blocks.shape[1]) < columns[:, :1]
     tokens = blocks.where(given, begin_id(tokenizer)).to(model.device)
     causal = annealed_mask(tokens.shape[1], 0.0, dtype=model.dtype, device=model.device)

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .backbone import as_diffusion, load_base, mask_id_of, randomize, save_diffusion, tokenizer_digest
 from .checkpoint import RunFolder
 from .config import FREE_FIELDS, RunConfig
+from .distillation import fit_teacher_weight
 from .history import History
 from .machine import DTYPES, pick_precision
 from .processes import full_weights, gathered, load_optimizer, load_weights, on_main, optimizer_state
@@ -34,7 +35,7 @@ from .stability import MAX_ROLLBACKS, ROLLBACK_LR_FACTOR, Unstable
 from .step import TrainStep
 from .tasks import TASKS
 
-COUNTERS = ("step", "seconds", "best", "window_steps", "rollbacks", "stale", "anneals")  # kept in a checkpoint
+COUNTERS = ("step", "seconds", "best", "window_steps", "rollbacks", "stale", "anneals", "distill")  # in a checkpoint
 
 
 def build(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -58,9 +59,9 @@ def learning_rate(config: RunConfig, step: int, steps: int) -> float:
     return config.learning_rate * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def teacher_weight(config: RunConfig, step: int, steps: int) -> float:
-    """The teacher's fraction of the target, w / (1 + w), where w falls linearly from `distill` to 0."""
-    weight = config.distill * max(0.0, 1 - step / (config.distill_steps or steps))
+def teacher_weight(distill: float, step: int, steps: int) -> float:
+    """The teacher's fraction of the target, w / (1 + w), where w falls linearly from `distill` to 0 over the steps."""
+    weight = distill * max(0.0, 1 - step / steps)
     return weight / (1 + weight)
 
 
@@ -88,6 +89,7 @@ class Run:
         self.total = config.steps or math.ceil(config.epochs * len(self.task.train) / self.task.global_batch)
         self.precision = pick_precision(config.precision, accelerator.device)
         teacher = self._load_teacher() if config.distill and self.task.denoises and not config.scratch else None
+        self.distill = config.distill if teacher is not None else 0.0
 
         self.step, self.seconds, self.best, self.window_steps = 0, 0.0, math.inf, 0
         self.rollbacks, self.stale = 0, 0  # rollbacks so far; evaluations since the best one
@@ -101,6 +103,8 @@ class Run:
                 load_model(model, newest / "model.safetensors")
             self.train_step = TrainStep(self.task, config, accelerator, self.precision, teacher)
             self._restore(newest)
+            if newest is None and teacher is not None and config.distill_fit:
+                self.distill = fit_teacher_weight(teacher, self.task.train, self.task.held_out, config.distill)
             self._announce(newest)
         except BaseException:
             self.close()
@@ -132,7 +136,7 @@ class Run:
         if mask_id_of(teacher) is not None or not same or rows > own_rows:
             raise ValueError(
                 f"distill={config.distill} needs the AR model that this model was made from, but base={config.base!r} "
-                "is a diffusion model or has other tokens; set `base` to the AR model, or distill=0"
+                "is a diffusion model or has other tokens; set `base`, or distill=0"
             )
         return teacher.requires_grad_(False)
 
@@ -141,6 +145,11 @@ class Run:
         config, said = self.config, []
         if newest is not None:
             said += [f"{config.name}: resuming from step {self.step} of {self.total}"]
+        if self.distill < 0.99 * config.distill and self.train_step.teacher is not None:
+            said += [
+                f"distill={self.distill:.3g} instead of {config.distill:g}: of this text the base {config.base!r} "
+                "predicts too little that token frequencies do not; distill_fit=false forces the weight"
+            ]
         if self.task.anneals and config.anneal_steps > self.total:
             said += [
                 f"anneal_steps={config.anneal_steps} is longer than the run of {self.total} steps: its mask will be "
@@ -203,7 +212,7 @@ class Run:
         return self.step % every == 0 or self.step == self.total
 
     def _teacher_weight(self) -> float:
-        return 0.0 if self.train_step.teacher is None else teacher_weight(self.config, self.step, self.total)
+        return teacher_weight(self.distill, self.step, self.config.distill_steps or self.total)
 
     def _saturated(self) -> float:
         """Saturated predictions since the last record, summed over all processes."""
@@ -323,11 +332,11 @@ class Run:
         self.history = History() if checkpoint is None else History.load(checkpoint / "history.jsonl")
         self.history.path = self.folder.path / "history.jsonl" if self.is_main else None  # one process writes
         if self.is_main:
-            self.history.write(self.history.path)
+            self.history.save()
         if checkpoint is not None:
             state = json.loads((checkpoint / "state.json").read_text())
             for name in COUNTERS:
-                setattr(self, name, state.get(name, getattr(self, name)))
+                setattr(self, name, state.get(name, getattr(self, name)))  # older checkpoints lack the last two
             load_optimizer(self.train_step.module, self.train_step.adamw, checkpoint / "optimizer.pt")
             self.train_step.reset()
             self.train_step.loss.fill_(state["window_loss"])

@@ -217,7 +217,7 @@ def _margin(p: Tensor) -> Tensor:
     return best - second
 
 
-ORDERS = {
+ORDERS: dict[str, Callable] = {
     "random": _random,
     "first_hitting": _first_hitting,
     "confidence": lambda blocks, per_block, *_: _Greedy(blocks, per_block, _confidence),

@@ -21,7 +21,7 @@ from .config import RunConfig
 from .cuda_graph import ReplayedStep
 from .machine import DTYPES, send
 from .objective import Batch, batch_loss, seeded
-from .processes import casting, is_sharded
+from .processes import casting, is_sharded, prepare
 from .stability import SATURATED, Watch, saturation
 from .tasks import Task
 
@@ -71,7 +71,7 @@ class TrainStep:
             {key: group[key] for key in ("lr", "fused", "capturable")} for group in self.adamw.param_groups
         ]
         self.adamw.register_step_pre_hook(self._skip_if_unusable)
-        self.module, self.optimizer = accelerator.prepare(module, self.adamw)
+        self.module, self.optimizer = prepare(accelerator, module, self.adamw)
         self.watch = Watch(config.spike, config.max_skips, self.device)
         zeros = torch.zeros(4, device=self.device)
         self.loss, self.norm, self.unusable, self.teacher_weight = zeros.unbind()
@@ -91,17 +91,17 @@ class TrainStep:
         self.watch.count(0, batch.count)
         torch.manual_seed(seeded(self.config.seed, step, f"dropout {self.accelerator.process_index}").initial_seed())
         self.module.train()
-        self._run(list(self._local_parts(batch)), mask, taught=teacher_weight > 0)
+        self._run(list(self._local_parts(batch)), mask, with_teacher=teacher_weight > 0)
         return self.norm
 
-    def compute(self, parts: list[Batch], mask: Tensor | None, taught: bool) -> None:
+    def compute(self, parts: list[Batch], mask: Tensor | None, with_teacher: bool) -> None:
         """What the device does in a step. Nothing here waits for it, or depends on values that it computes."""
         for index, batch in enumerate(parts):
             is_last = index == len(parts) - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.module):
                 with self.accelerator.autocast(casting(self.accelerator, cache=self.replayed is None)):
                     loss, nll, saturated = self.module(
-                        batch, mask, self.teacher if taught else None, self.teacher_weight
+                        batch, mask, self.teacher if with_teacher else None, self.teacher_weight
                     )
                 self.accelerator.backward(loss * self.accelerator.num_processes)  # processes average their gradients
             self.loss.add_(nll * self.accelerator.num_processes)
@@ -137,13 +137,15 @@ class TrainStep:
             self.replayed.reset()
 
     # -- what the step above is made of ------------------------------------------------------------------
-    def _run(self, parts: list[Batch], mask: Tensor | None, taught: bool) -> None:
+    def _run(self, parts: list[Batch], mask: Tensor | None, with_teacher: bool) -> None:
         """`compute` on host tensors: as a CUDA graph, unless a rare batch has more places than its fixed shape."""
         capacity = self.task.capacity(self.config.batch)
         if self.replayed is not None and all(part.count <= capacity for part in parts):
-            self.replayed([part.padded(capacity) for part in parts], mask, taught)
+            self.replayed([part.padded(capacity) for part in parts], mask, with_teacher)
         else:
-            self.compute([part.map(self._send) for part in parts], None if mask is None else self._send(mask), taught)
+            self.compute(
+                [part.map(self._send) for part in parts], None if mask is None else self._send(mask), with_teacher
+            )
 
     def _local_parts(self, batch: Batch) -> Iterator[Batch]:
         """This process's rows of each forward pass: over all processes and passes, each row of the batch once."""

@@ -98,7 +98,7 @@ class MaskedDiffusion(Task):
         config, tokens = self.config, self.train[self.rows(step)]  # [G, L]
         times_rng, mask_rng = (seeded(config.seed, step, purpose) for purpose in ("times", "corruption"))
         times = sample_times(len(tokens), method=config.times, eps=config.eps, generator=times_rng)
-        noised, masked = corrupt(tokens, times, mask_id_of(self.model), generator=mask_rng)
+        noised, masked = corrupt(tokens, times, require_mask_id(self.model), generator=mask_rng)
         counted = masked if config.normalize == "masked" else default_maskable(tokens)
         return Batch.of(tokens, noised, masked, times, counted.sum().clamp(min=1))
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .checkpoint import first_line
 from .config import RunConfig
 from .history import History
-from .processes import any_process, make_accelerator
+from .processes import any_process, leave_group_at_exit, make_accelerator
 from .run import Run, build
 from .stability import Unstable
 
@@ -34,10 +34,10 @@ def train(
 ) -> History:
     """Train in place and return what was recorded; the run's folder holds checkpoints, `best` and history.
 
-    Interrupting (Ctrl-C, the stop button, SIGTERM) finishes the step, writes a checkpoint and returns; a second
-    Ctrl-C does not wait. Called again with the same config, training resumes there, exactly as if it had not been
-    interrupted. A finished run continues when it is given more steps: the cosine then ends at the new last step.
-    A diffusion model whose mask has opened is trained further without closing it.
+    Interrupting (Ctrl-C, the stop button, SIGTERM) finishes the step, writes a checkpoint and returns, with the signal
+    in `History.stopped_by`; a second Ctrl-C does not wait. Called again with the same config, training resumes there,
+    exactly as if it had not been interrupted. A finished run continues when it is given more steps: the cosine then
+    ends at the new last step. A diffusion model whose mask has opened is trained further without closing it.
     Under `accelerate launch` the same call is one of many processes.
 
     Args:
@@ -88,7 +88,7 @@ def train_arms(
 @contextlib.contextmanager
 def _opened(arms: dict[str, tuple], resume: str) -> Iterator[dict[str, Run]]:
     """The runs, their folders claimed; released at the end, whatever happens."""
-    with contextlib.ExitStack() as stack:
+    with leave_group_at_exit(), contextlib.ExitStack() as stack:
         runs = {}
         for name, (model, tokenizer, config) in arms.items():
             runs[name] = Run(model, tokenizer, config, make_accelerator(config), resume)  # each has its own loss scale
@@ -138,8 +138,11 @@ def _drive(runs: dict[str, Run], report: Callable[[], None] | None) -> None:
                 f"the last checkpoint of {run.config.name!r}, at step {run.step}, could not be written. Make room: "
                 f"{_newest(run)}. (A model that was passed to `train` still holds step {run.step}.)"
             )
-    if stopped and first.is_main:
-        print(f"stopped at step {first.step} of {first.total}; run it again to continue from there", file=sys.stderr)
+    if stopped and not all(run.is_done for run in runs.values()):
+        for run in runs.values():
+            run.history.stopped_by = asked[0] if asked else signal.SIGTERM  # or another process was asked
+        if first.is_main:
+            print(f"stopped at step {first.step} of {first.total}; run it again to resume there", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -1,30 +1,105 @@
 """Real training processes for the tests that kill them, starve them or run several of them together.
 
-They are forked from a server that has imported everything once, so that each starts in a moment.
+They are forked from a server that has imported everything once, so that each starts in a moment. No verdict depends on
+how fast they are: a test holds a run at a step with a `Gate`, or gives it a `Strike` that hits after a number of calls.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
+import signal
 import sys
-import time
+import tempfile
 import traceback
+from collections.abc import Callable
+from multiprocessing import connection
 from pathlib import Path
 
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed import TCPStore
 
-from dalm_utils import train, training
+from dalm_utils import save_diffusion, train, training
 from dalm_utils.history import History
-from tests.helpers import tiny_config, tiny_diffusion
+from tests.helpers import PATIENCE, tiny_config, tiny_diffusion
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.processes"])
+LOOPBACK = "127.0.0.1"
 
 
-def train_tiny(folder: Path, changes: dict, environment: dict | None = None) -> None:
+class Gate:
+    """Holds a run at a step: `start(..., on_log=gate.hold)`, then `gate.wait(...)`, and `gate.open()`.
+
+    Between the two the run has logged the step and neither stopped nor saved; its peers wait for it in a collective.
+    """
+
+    def __init__(self, step: int):
+        self._pipe, theirs = CONTEXT.Pipe()
+        self.hold = _Hold(step, theirs)
+
+    def wait(self, *processes) -> None:
+        """Until the run has arrived; an error if one of its processes ends before."""
+        ready = connection.wait([self._pipe, *(process.sentinel for process in processes)], PATIENCE)
+        assert ready == [self._pipe], f"step {self.hold.step} was not reached"
+        self._pipe.recv()
+
+    def open(self) -> None:
+        """Let it continue."""
+        self._pipe.send("open")
+
+
+class _Hold:
+    """The gate's side in the process that trains."""
+
+    def __init__(self, step: int, pipe: connection.Connection):
+        self.step, self.pipe = step, pipe
+
+    def __call__(self, history: History, config) -> None:
+        if history.records[-1]["step"] == self.step:
+            self.pipe.send("here")
+            self.pipe.recv()
+
+
+class Strike:
+    """An `on_log` that sends its own process a signal, `calls` calls and returns after the first record of `step` or
+    later; with step 0, after training was called. So it hits between any two calls of the program, those of
+    libraries and of C functions included, on a fast machine as on a slow one; at the latest where the run would end.
+    """
+
+    def __init__(self, step: int, calls: int, kind: signal.Signals = signal.SIGKILL):
+        self.step, self.left, self.kind, self.armed = step, calls, kind, False
+
+    def prepare(self) -> None:
+        """Before training is called. What the first checkpoint of a process prepares would outweigh all else."""
+        with tempfile.TemporaryDirectory() as folder:
+            save_diffusion(*tiny_diffusion(), Path(folder) / "model")
+        if self.step == 0:
+            self._arm()
+
+    def __call__(self, history: History, config) -> None:
+        step = history.records[-1]["step"]
+        if step == config.steps:
+            self._hit()
+        if step >= self.step and not self.armed:
+            self._arm()
+
+    def _arm(self) -> None:
+        self.armed = True
+        sys.setprofile(self._count)
+
+    def _count(self, *_) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self._hit()
+
+    def _hit(self) -> None:
+        sys.setprofile(None)
+        os.kill(os.getpid(), self.kind)
+
+
+def train_tiny(folder: Path, changes: dict, environment: dict | None, on_log: Callable | None) -> None:
     """What a process does: the tiny run of the tests, with its messages in `<folder>/messages-<rank>`."""
     os.environ.update(environment or {})
     torch.set_num_threads(1)
@@ -32,8 +107,12 @@ def train_tiny(folder: Path, changes: dict, environment: dict | None = None) -> 
     sys.stdout = sys.stderr = messages
     if "ACCELERATE_USE_FSDP" in os.environ and os.environ["ACCELERATE_USE_CPU"] == "true":
         allow_fsdp_on_cpus()
+    model, tokenizer = tiny_diffusion()
+    config = tiny_config(folder, **changes)
+    if isinstance(on_log, Strike):
+        on_log.prepare()
     try:
-        train(*tiny_diffusion(), tiny_config(folder, **changes))
+        train(model, tokenizer, config, on_log=on_log)
     except Exception:
         traceback.print_exc()
         sys.exit(1)
@@ -54,11 +133,21 @@ def allow_fsdp_on_cpus() -> None:
     training.make_accelerator = accelerator
 
 
-def start(folder: Path, changes: dict, environment: dict | None = None):
+def start(folder: Path, changes: dict, environment: dict | None = None, on_log: Callable | None = None):
     """A process that trains; `.kill()` sends SIGKILL, `.terminate()` SIGTERM. It does not outlive the tests."""
-    process = CONTEXT.Process(target=train_tiny, args=(folder, changes, environment), daemon=True)
+    process = CONTEXT.Process(target=train_tiny, args=(folder, changes, environment, on_log), daemon=True)
     process.start()
     return process
+
+
+def exit_codes(*processes) -> list[int | None]:
+    """How processes end; None for one that does not, which is killed."""
+    for process in processes:
+        process.join(PATIENCE)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
 
 
 def last_step(folder: Path) -> int:
@@ -67,23 +156,29 @@ def last_step(folder: Path) -> int:
     return History.load(history).last("step") or 0 if history.exists() else 0
 
 
-def wait_for_step(folder: Path, step: int, *processes, seconds: float = 60) -> None:
-    """Until the history shows a step; an error if one of the processes ends before, or if it takes too long."""
-    deadline = time.monotonic() + seconds
-    while last_step(folder) < step:
-        assert all(process.is_alive() for process in processes), f"a process ended before step {step}"
-        assert time.monotonic() < deadline, f"step {step} was not reached within {seconds:g} seconds"
-        time.sleep(0.005)
+class Meeting:
+    """A store on a port of its own, through which the processes of one run meet, as under torchrun's agent."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self.store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)  # any free port, kept open
+
+    def environment(self, rank: int) -> dict[str, str]:
+        """What a launcher would tell this process, by gloo unless it is told otherwise."""
+        return {
+            "WORLD_SIZE": str(self.count), "LOCAL_WORLD_SIZE": str(self.count), "RANK": str(rank),
+            "LOCAL_RANK": str(rank), "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(self.store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True", "ACCELERATE_USE_CPU": "true",
+        }  # fmt: skip
 
 
-def start_many(count: int, folder: Path, changes: dict, environment: dict | None = None) -> list:
-    """`count` processes of one run, joined over the loopback as a launcher would, by gloo unless told otherwise."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    shared |= environment or {}
-    return [
-        start(folder, changes, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)})
-        for rank in range(count)
-    ]
+def start_many(
+    count: int, folder: Path, changes: dict, environment: dict | None = None, on_log: Callable | None = None
+) -> list:
+    """`count` processes of one run; `on_log` is the main one's, as always."""
+    meeting, processes = Meeting(count), []
+    for rank in range(count):
+        told = meeting.environment(rank) | (environment or {})
+        processes.append(start(folder, changes, told, on_log if rank == 0 else None))
+        processes[-1].meeting = meeting  # open as long as one of them is known
+    return processes

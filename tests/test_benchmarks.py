@@ -1,6 +1,7 @@
 """The benchmarks run, at sizes that measure nothing, and the documents say what their records say."""
 
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 import tests.benchmarks
 from dalm_utils.config import PROJECT
-from tests.benchmarks import cost, estimators, recipe, sampling, train_step
+from tests.benchmarks import cost, estimators, gpu, recipe, sampling, train_step
 from tests.helpers import tiny_diffusion
 
 
@@ -22,10 +23,9 @@ def test_each_says_what_it_measures(path):
 def test_each_way_to_train_takes_a_step(way, monkeypatch):
     monkeypatch.setattr(train_step, "keep_memory", lambda: None)  # for the whole process
     step = train_step.stepper(way, "laptop", batch=2, length=16, vocab=64, accumulate=2)
-    model = next(cell.cell_contents for cell in step.__closure__ if isinstance(cell.cell_contents, torch.nn.Module))
-    before = model.get_input_embeddings().weight.clone()
+    before = step.model.get_input_embeddings().weight.clone()
     step()
-    assert step.work > 0 and not torch.equal(model.get_input_embeddings().weight, before)
+    assert step.work > 0 and not torch.equal(step.model.get_input_embeddings().weight, before)
 
 
 @pytest.mark.parametrize("name", estimators.WAYS)
@@ -68,3 +68,37 @@ def test_what_the_profile_full_would_take_is_what_the_readme_says(monkeypatch, c
     assert len(rows) == len(shown) == 3
     for ours, computed in zip(rows, shown, strict=True):
         assert ours[:4] == computed[:4] and float(ours[4]) == pytest.approx(float(computed[4]), abs=0.5)
+
+
+@pytest.mark.slow
+def test_the_gpu_script_measures_every_part_and_keeps_what_it_has(tmp_path, monkeypatch, capsys):
+    """On a machine without a GPU, at sizes that measure nothing."""
+    parts = ["step", "loop", "scoring", "smollm2"]  # the others are this test suite, and the notebooks
+    monkeypatch.setattr(
+        "sys.argv", ["gpu", "--tiny", "--minutes", "30", "--out", str(tmp_path / "out"), "--only", *parts]
+    )
+    gpu.main()
+    rows = json.loads((tmp_path / "out" / "gpu.json").read_text())["parts"]
+    assert list(rows) == parts and not any("error" in row for part in rows.values() for row in part)
+    assert {row["step"] for row in rows["step"]} >= {"ours", "plain", "ar"}
+    assert all(row["exit"] == 0 for part in ("loop", "scoring") for row in rows[part])
+    assert "### step" in (tmp_path / "out" / "gpu.md").read_text()
+
+
+def test_the_gpu_script_never_writes_into_a_folder_in_use(tmp_path, monkeypatch):
+    (tmp_path / "mine").touch()
+    monkeypatch.setattr("sys.argv", ["gpu", "--tiny", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="is not empty"):
+        gpu.main()
+
+
+def test_a_part_that_fails_does_not_cost_the_others(tmp_path, monkeypatch):
+    def broken(report, tiny):
+        yield {"first": 1}
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(gpu, "PARTS", {"broken": broken, "fine": lambda report, tiny: iter([{"value": 2.0}])})
+    monkeypatch.setattr("sys.argv", ["gpu", "--tiny", "--out", str(tmp_path / "out")])
+    gpu.main()
+    rows = json.loads((tmp_path / "out" / "gpu.json").read_text())["parts"]
+    assert rows == {"broken": [{"first": 1}, {"error": "RuntimeError: the device is gone"}], "fine": [{"value": 2.0}]}

@@ -1,11 +1,14 @@
 import hashlib
+import json
+import math
 import os
 import subprocess
 import sys
-import time
+from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -14,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from dalm_utils import corpus
 from dalm_utils.backbone import encode
 from dalm_utils.corpus import Blocks, load_corpus
-from dalm_utils.documents import identify
+from dalm_utils.documents import SPLITS, identify
 from dalm_utils.hubs import BASES
 from tests.helpers import TEXTS, tiny_diffusion, tiny_tokenizer
 from tests.test_documents import write_lines
@@ -31,9 +34,17 @@ def test_an_empty_file_and_a_text_too_short_are_named(tmp_path):
     with pytest.raises(ValueError, match="no document to train on"):
         load_corpus(str(tmp_path / "empty.jsonl"), tiny_tokenizer(), cache=tmp_path / "cache")
     short = load_corpus(write_lines(tmp_path / "short.jsonl", [{"text": TEXTS[0]}]), tiny_tokenizer(), cache=tmp_path)
-    with pytest.raises(ValueError, match=r"the train split of .*short\.jsonl' has \d+ tokens, too few .* of 512"):
+    count = short.facts["tokens"]["train"]
+    with pytest.raises(
+        ValueError,
+        match=rf"the train split of .*short\.jsonl' has {count} tokens, in 1 of 1 documents, too few for one block of "
+        rf"512: use a length of at most {count + 1}, or a text with about {math.ceil(511 / count)} times as many",
+    ):
         short.blocks("train", 512)
-    with pytest.raises(ValueError, match=r"the validation split .* has 0 tokens \(it gets 2% of the documents\)"):
+    assert len(short.blocks("train", count + 1)) == 1
+    with pytest.raises(
+        ValueError, match=r"validation split .* is empty, since the text is 1 document: cut it into three"
+    ):
         short.blocks("validation", 8)
     for length, limit in ((1, None), (8, 0)):
         with pytest.raises(ValueError, match=f"got {length} and {limit}"):
@@ -50,6 +61,60 @@ def test_blocks_begin_with_the_begin_token_and_lose_no_token_between_them():
             blocks[outside]
     with pytest.raises(ValueError, match="too few for one block"):
         Blocks(np.arange(4), length=6, begin=0)
+
+
+def test_a_slice_of_blocks_gives_as_many_as_there_are():
+    blocks = Blocks(np.arange(10, 31), length=6, begin=0)
+    assert blocks[1:3].tolist() == blocks[[1, 2]].tolist() and blocks[:100].tolist() == blocks[[0, 1, 2, 3]].tolist()
+    assert blocks[4:].shape == (0, 6)
+
+
+def test_a_limit_draws_blocks_from_all_over_a_text_and_always_the_same():
+    tokens = np.arange(1, 50_001)
+    large, small = (Blocks(tokens, length=6, begin=0, limit=limit) for limit in (300, 64))
+    numbers = ((large[:][:, 1] - 1) // 5).numpy()  # of the 10,000 blocks there are
+    assert len(large) == 300 == len(set(numbers)) and numbers.min() >= 0 and numbers.max() < 10_000
+    tenths = np.bincount(numbers // 1000, minlength=10)
+    assert tenths.sum() == 300 and tenths.min() > 30 - 4 * 27**0.5  # each of ten parts as often as any other
+    assert small[:].equal(large[:64])  # the beginning of a sample is a sample
+    torch.manual_seed(5)
+    other = Blocks(tokens[::-1] + 1, length=6, begin=0, limit=300)  # another text and another run
+    assert other._starts(np.arange(300)).tolist() == large._starts(np.arange(300)).tolist()
+    for limit in (None, 10_000, 10_001):
+        assert Blocks(tokens, length=6, begin=0, limit=limit)[[0, 1, 9_999]][:, 1].tolist() == [1, 6, 49_996]
+    with pytest.raises(IndexError, match="no block 64 among 64"):
+        small[64]
+
+
+class Read(np.ndarray):
+    """Tokens that record which of them are read."""
+
+    seen: ClassVar[list[slice]] = []
+
+    def __getitem__(self, index):
+        self.seen.append(index)
+        return np.asarray(self)[index]
+
+
+def test_a_block_lies_in_the_document_that_holds_its_middle():
+    draws = np.random.default_rng(0)
+    tokens = draws.integers(1, 9, 4000)
+    tokens[[7, 8, 50, 51, 52, 400, 1500, 3000]] = 0
+    for limit in (None, 40):
+        blocks = Blocks(tokens, length=17, begin=0, limit=limit)
+        middles = blocks._starts(np.arange(len(blocks))) + 8
+        brute = [next((p for p in range(m, 4000) if tokens[p] == 0), 3999) for m in middles]
+        assert blocks.documents.tolist() == brute and len(set(brute)) > 3
+
+
+def test_the_documents_of_a_few_blocks_are_found_without_reading_the_others(monkeypatch):
+    monkeypatch.setattr(corpus, "PIECE", 100)
+    tokens = np.ones(10**6, dtype=np.uint16)
+    tokens[499::500] = 0
+    blocks = Blocks(tokens.view(Read), length=50, begin=0, limit=20)
+    Read.seen.clear()
+    assert (blocks.documents % 500 == 499).all() and len(set(blocks.documents)) > 15
+    assert sum(len(range(*piece.indices(10**6))) for piece in Read.seen) <= 20 * 500
 
 
 def test_special_tokens_in_a_text_are_only_letters():
@@ -75,10 +140,69 @@ def test_text_full_of_latex_keeps_every_byte(tmp_path):
     texts = [f"{formula}\n\n\t\\begin{{align}} a_{{{n}}} &= b^{{{n}}} \\\\ \\end{{align}}  ~é ∑ 𝔽" for n in range(60)]
     tokenizer = AutoTokenizer.from_pretrained(BASES / "tiny-gpt2")
     made = load_corpus(write_lines(tmp_path / "t.jsonl", [{"article": t} for t in texts]), tokenizer, cache=tmp_path)
-    assert made.facts["documents"]["train"] == 60 and made.facts["copies"] == 0  # all of the same few words
-    tokens = made.blocks("train", 2).tokens
-    pieces = np.split(tokens, np.flatnonzero(tokens == tokenizer.bos_token_id) + 1)[:-1]
-    assert [tokenizer.decode(piece[:-1], clean_up_tokenization_spaces=False) for piece in pieces] == texts
+    assert sum(made.facts["documents"].values()) == 60 and made.facts["copies"] == 0  # all of the same few words
+    written = []
+    for split in SPLITS:
+        tokens = made.blocks(split, 2).tokens
+        pieces = np.split(tokens, np.flatnonzero(tokens == tokenizer.bos_token_id) + 1)[:-1]
+        written += [tokenizer.decode(piece[:-1], clean_up_tokenization_spaces=False) for piece in pieces]
+    assert sorted(written) == sorted(texts)
+
+
+SUMS = [f"Question: what is {n % 97} plus {n}? Answer: {n % 97 + n}" for n in range(5000)]
+
+
+@pytest.mark.parametrize("texts, rule", [(SUMS, "text"), (SUMS[:40], "rank of text"), (TEXTS[:30], "rank of words")])
+def test_every_split_of_a_text_of_short_or_few_documents_has_blocks(tmp_path, texts, rule):
+    source = write_lines(tmp_path / "t.jsonl", [{"text": text} for text in texts])
+    made = load_corpus(source, tiny_tokenizer(), cache=tmp_path / "cache")
+    assert made.facts["split_by"] == rule and sum(made.facts["documents"].values()) == len(texts)
+    held_out = len(texts) // 50 if rule == "text" else len(texts) // 10
+    for split in ("validation", "test"):
+        assert made.facts["documents"][split] == pytest.approx(held_out, rel=0.3)
+        assert len(made.blocks(split, 16)) >= 1
+        with pytest.raises(ValueError, match=r"use a length of at most \d+, or a text with about \d+ times as many"):
+            made.blocks(split, 2**16)
+    ids = [set(), set(), set()]
+    for split, found in zip(SPLITS, ids, strict=True):
+        tokens = made.blocks(split, 2).tokens
+        found |= {bytes(piece) for piece in np.split(tokens, np.flatnonzero(tokens == made.begin) + 1)}
+        assert made.facts["tokens"][split] == len(tokens)
+    assert not (ids[0] & ids[1] | ids[0] & ids[2] | ids[1] & ids[2]) - {b""}
+
+
+def test_a_text_of_two_documents_trains_and_says_what_a_test_split_needs(tmp_path):
+    source = write_lines(tmp_path / "two.jsonl", [{"text": TEXTS[0]}, {"text": TEXTS[1]}])
+    made = load_corpus(source, tiny_tokenizer(), cache=tmp_path / "cache")
+    assert made.facts["documents"] == {"train": 1, "validation": 1, "test": 0}
+    with pytest.raises(ValueError, match=r"the test split of .* is empty, since the text is 2 documents: cut it into"):
+        made.blocks("test", 16)
+
+
+def test_a_text_that_an_earlier_version_prepared_stays_as_it_is_unless_nothing_could_be_trained_on_it(tmp_path):
+    source = write_lines(tmp_path / "t.jsonl", [{"text": text} for text in TEXTS[:30]])
+    made = load_corpus(source, tiny_tokenizer(), cache=tmp_path / "cache")
+    contents = {split: made.blocks(split, 2).tokens.tobytes() for split in SPLITS}
+    facts = {key: value for key, value in made.facts.items() if key != "split_by"}
+
+    def write(train, validation, test):
+        """The prepared text with these documents in each split, as before facts had "split_by"."""
+        for split, parts in zip(SPLITS, (train, validation, test), strict=True):
+            (made.folder / f"{split}.bin").write_bytes(b"".join(contents[part] for part in parts))
+            facts["tokens"] = {**facts["tokens"], split: sum(made.facts["tokens"][part] for part in parts)}
+            facts["documents"] = {**facts["documents"], split: sum(made.facts["documents"][part] for part in parts)}
+        (made.folder / "facts.json").write_text(json.dumps(facts))
+
+    write(["train"], ["validation", "test"], [])
+    kept = load_corpus(source, tiny_tokenizer(), cache=tmp_path / "cache")
+    assert kept.facts == facts
+    with pytest.raises(
+        ValueError, match=r"is empty: an earlier version .* Delete '.*/cache/t-.*' to have it split anew"
+    ):
+        kept.blocks("test", 16)
+    write(["train", "validation", "test"], [], [])
+    again = load_corpus(source, tiny_tokenizer(), cache=tmp_path / "cache")
+    assert {**again.facts, "seconds": 0} == {**made.facts, "seconds": 0}
 
 
 def test_the_tokens_are_those_of_one_text_after_another_whatever_the_threads(tmp_path, monkeypatch):
@@ -155,12 +279,21 @@ def test_ids_beyond_16_bits_are_kept(tmp_path):
     assert made.blocks("train", 2).tokens.tolist() == [*range(69_900, 70_000), 0]
 
 
+def test_ids_beyond_16_bits_are_kept_in_a_vocabulary_with_gaps(tmp_path):
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 70_000}, unk_token="a")), bos_token="a", eos_token="a"
+    )
+    source = write_lines(tmp_path / "t.jsonl", [{"text": "b"}])
+    assert load_corpus(source, tokenizer, cache=tmp_path).blocks("train", 2).tokens.tolist() == [70_000, 0]
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         lambda file: file.unlink(),
         lambda file: os.truncate(file, 100),
         lambda file: os.truncate(file.with_name("facts.json"), 0),
+        lambda file: file.with_name("facts.json").write_text("{}"),
     ],
 )
 def test_a_text_that_lost_tokens_is_made_again(tmp_path, damage):
@@ -179,25 +312,34 @@ def test_a_failed_build_leaves_nothing(tmp_path):
     assert visible(tmp_path / "cache") == []
 
 
+HELD = """
+import sys
+from transformers import AutoTokenizer
+from dalm_utils import corpus
+
+pack, batches, corpus.BATCH, corpus.THREADS = corpus._pack, iter(range(1000)), 500, 1
+
+def held(*given):
+    if next(batches) == 5:
+        print("held", flush=True)
+        sys.stdin.readline()
+    return pack(*given)
+
+corpus._pack = held
+corpus.load_corpus(sys.argv[2], AutoTokenizer.from_pretrained(sys.argv[1]), cache=sys.argv[3])
+"""
+
+
 @pytest.fixture
-def slow(tmp_path):
-    """Starts a process that prepares a text, slowly, and waits until it is in the middle of it."""
+def held(tmp_path):
+    """Starts a process that prepares a text, and holds it in the middle of that until it gets a line to read."""
     source, begun = write_lines(tmp_path / "t.jsonl", MANY), []
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
 
-    def start(cache, pause):
-        code = (
-            "import sys, time; from dalm_utils import corpus; from transformers import AutoTokenizer\n"
-            "pack, corpus.BATCH, corpus.THREADS = corpus._pack, 500, 1\n"
-            f"corpus._pack = lambda *given: time.sleep({pause}) or pack(*given)\n"
-            "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
-            "corpus.load_corpus(sys.argv[2], tokenizer, cache=sys.argv[3])"
-        )
-        command = [sys.executable, "-c", code, str(tmp_path / "tokenizer"), source, str(cache)]
-        begun.append(subprocess.Popen(command, stderr=subprocess.PIPE))
-        while not list(cache.glob("*.unfinished/train.bin")):
-            assert begun[-1].poll() is None, begun[-1].stderr.read().decode()
-            time.sleep(0.05)
+    def start(cache):
+        command = [sys.executable, "-c", HELD, str(tmp_path / "tokenizer"), source, str(cache)]
+        begun.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        assert begun[-1].stdout.readline() == b"held\n" and list(cache.glob("*.unfinished/train.bin"))
         return source, begun[-1]
 
     yield start
@@ -207,22 +349,27 @@ def slow(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_preparation_begins_again_cleanly(tmp_path, slow):
-    source, process = slow(tmp_path / "cache", pause=0.5)
+def test_a_killed_preparation_begins_again_cleanly(tmp_path, held):
+    source, process = held(tmp_path / "cache")
     process.kill()
     process.wait()
-    (left,) = visible(tmp_path / "cache")
-    assert left.endswith(".unfinished")
+    assert len(list((tmp_path / "cache").glob(".*.unfinished"))) == 1 and not visible(tmp_path / "cache")
     made = load_corpus(source, tiny_tokenizer(), cache=tmp_path / "cache")
     assert visible(tmp_path / "cache") == [made.folder.name]
+    assert not list((tmp_path / "cache").glob(".*.unfinished"))
     undisturbed = load_corpus(source, tiny_tokenizer(), cache=tmp_path / "other")
     assert made.facts["digest"] == undisturbed.facts["digest"]
 
 
 @pytest.mark.slow
-def test_a_second_process_waits_for_the_first_and_takes_what_it_made(tmp_path, slow, monkeypatch, capsys):
-    source, process = slow(tmp_path / "cache", pause=0.01)
+def test_a_second_process_waits_for_the_first_and_takes_what_it_made(tmp_path, held, monkeypatch):
+    def let_go(message, file):
+        assert "another process is preparing" in message
+        process.stdin.write(b"go\n")
+        process.stdin.flush()
+
+    source, process = held(tmp_path / "cache")
     monkeypatch.setattr(corpus, "_write", None)
+    monkeypatch.setattr(corpus.tqdm, "write", let_go)  # it says that it waits
     made = load_corpus(source, tiny_tokenizer(), cache=tmp_path / "cache")
     assert process.wait() == 0 and sum(made.facts["documents"].values()) == len(MANY)
-    assert "another process is preparing" in capsys.readouterr().err

@@ -1,4 +1,8 @@
+import codecs
+import contextlib
 import json
+import os
+import pathlib
 import subprocess
 import sys
 
@@ -9,8 +13,9 @@ import pyarrow.parquet
 import pytest
 
 from dalm_utils import documents as module
+from dalm_utils.corpus import load_corpus
 from dalm_utils.documents import LONGEST_LINE, Skips, documents, drop_near_copies, split_of
-from tests.helpers import TEXTS
+from tests.helpers import TEXTS, number_word, tiny_tokenizer
 
 
 def write_lines(path, lines):
@@ -28,29 +33,78 @@ def test_json_lines_with_every_kind_of_damage_are_counted_and_placed(tmp_path):
     source = write_lines(
         tmp_path / "papers.jsonl",
         [{"article": "one"}, b"{broken", {"other": "x"}, {"article": 5}, {"article": "  "},
-         b'{"article": "\xff\xfe"}', b"", [1], b"[" * 10**5, {"article": "two"}],
+         b'{"article": "\xff\xfe"}', b"", [1], b"null", b'"article"', b"[" * 10**5,
+         b'{"article": ' + b"1" * 5000 + b"}", {"article": "two"}],
     )  # fmt: skip
     skips = Skips()
     assert list(documents(source, "article", skips)) == ["one", "two"]
     assert skips.reasons == {
-        "not JSON": 2, "no field 'article'": 2, "field 'article' is not a string": 1, "empty document": 2,
-        "not UTF-8": 1,
+        "not JSON": 3, "no field 'article'": 1, "field 'article' is not a string": 1, "empty document": 2,
+        "not UTF-8": 1, "not a JSON object": 3,
     }  # fmt: skip
     assert skips.places[0] == "papers.jsonl:2: not JSON"
 
 
-def test_past_the_limit_it_is_an_error_that_names_the_places(tmp_path):
-    source = write_lines(tmp_path / "bad.jsonl", [b"{"] * 10)
-    with pytest.raises(ValueError, match=r"4 of 4 documents cannot be read.*bad\.jsonl:1: not JSON"):
+def test_past_the_limit_it_is_an_error_that_names_each_reason_once_with_its_first_place(tmp_path):
+    source = write_lines(tmp_path / "bad.jsonl", [b"{", b"", *[b"{"] * 10])
+    with pytest.raises(ValueError) as raised:
         list(documents(source, skips=Skips(limit=3)))
+    assert str(raised.value) == (
+        "4 of 4 documents cannot be read: "
+        "3 not JSON (the first at bad.jsonl:1); 1 empty document (the first at bad.jsonl:2)"
+    )
 
 
-def test_the_limit_is_a_share_of_what_was_read(monkeypatch):
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("count", [5, 500])
+def test_a_wrong_field_is_named_once_with_the_fields_that_are_there(tmp_path, kind, count):
+    records = [{"title": "short", "body": text} for text in TEXTS[:1] * count]
+    write = write_lines if kind == "jsonl" else write_parquet
+    source = write(tmp_path / f"t.{kind}", records)
+    with pytest.raises(ValueError) as raised:
+        load_corpus(source, tiny_tokenizer(), field="txt", cache=tmp_path / "cache")
+    message = str(raised.value)
+    assert message.count("no field 'txt'") == 1 and "\n" not in message and f"t.{kind}:1)" in message
+    assert message.endswith("the fields there are 'title', 'body'; choose `field` among them")
+
+
+def test_the_limit_is_a_fraction_of_what_was_read():
     skips = Skips(limit=2, read=1000)
     for n in range(10):
-        skips.add(f"line {n}", "not JSON")  # 1% of a thousand
+        skips.add(f"line {n}", ValueError("not JSON"))  # 1% of a thousand
     with pytest.raises(ValueError, match="11 of 1000"):
-        skips.add("line 10", "not JSON")
+        skips.add("line 10", ValueError("not JSON"))
+
+
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, mark):
+    lines = b"\n".join(json.dumps({"text": text}).encode() for text in TEXTS[:3])
+    (tmp_path / "joined.jsonl").write_bytes(mark + lines + b"\n" + mark + b'{"text": "\xef\xbb\xbfmarked"}\n')
+    skips = Skips()
+    assert list(documents(str(tmp_path / "joined.jsonl"), skips=skips)) == [*TEXTS[:3], "marked"] and not skips.reasons
+    (tmp_path / "a.txt").write_bytes(mark + b"alpha")
+    (tmp_path / "b.md").write_bytes(mark)
+    assert list(documents(str(tmp_path), skips=skips)) == ["alpha"] and skips.reasons == {"empty document": 1}
+
+
+@pytest.mark.parametrize(
+    "encoding, message",
+    [
+        ("utf-16", r"t\.jsonl' is UTF-16, not UTF-8; convert it"),
+        ("utf-32", r"t\.jsonl' is UTF-16, not UTF-8; convert it"),
+        ("utf-16-le", r"1 UTF-16 or damaged, not UTF-8 \(the first at t\.jsonl:1\)"),
+        ("utf-16-be", r"1 UTF-16 or damaged, not UTF-8 \(the first at t\.jsonl:1\)"),
+    ],
+)
+def test_utf_16_is_refused_by_its_name(tmp_path, encoding, message):
+    (tmp_path / "a.txt").write_text(TEXTS[0], encoding=encoding)
+    (tmp_path / "b.txt").write_text(TEXTS[1])
+    skips = Skips()
+    assert list(documents(str(tmp_path), skips=skips)) == [TEXTS[1]]
+    assert skips.places == ["a.txt: UTF-16 or damaged, not UTF-8"]
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": TEXTS[0]}) + "\n", encoding=encoding)
+    with pytest.raises(ValueError, match=message):
+        list(documents(str(tmp_path / "t.jsonl"), skips=Skips(limit=0)))
 
 
 def test_one_giant_line_is_passed_over_without_being_held(tmp_path, monkeypatch):
@@ -79,6 +133,8 @@ def test_a_folder_of_text_files(tmp_path):
     (tmp_path / "ignored.png").write_bytes(b"x")
     (tmp_path / "folder.parquet").mkdir()  # as some programs name the folder of their parts
     (tmp_path / ".#a.txt").symlink_to("nowhere")  # an editor's lock
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    (tmp_path / "deep" / "up").symlink_to("..")
     skips = Skips()
     assert list(documents(str(tmp_path), skips=skips)) == ["alpha", "beta"]
     assert skips.places == [
@@ -86,14 +142,53 @@ def test_a_folder_of_text_files(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_file_that_cannot_be_opened_is_skipped_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("alpha")
+    (tmp_path / "b.txt").write_text("beta")
+    opened = pathlib.Path.open
+
+    def refuse(path, *given):
+        if path.name == "a.txt":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *given)
+
+    monkeypatch.setattr(pathlib.Path, "open", refuse)
+    skips = Skips()
+    assert list(documents(str(tmp_path), skips=skips)) == ["beta"]
+    assert skips.places == ["a.txt: cannot be opened: Permission denied"]
+
+
 @pytest.mark.parametrize(
-    "name, message", [("nowhere.jsonl", "no text at"), ("x.csv", "neither"), ("empty", "has no .txt")]
+    "name, message",
+    [
+        ("nowhere.jsonl", "no text at"),
+        ("loop.jsonl", "no text at"),
+        ("x" * 300, "no text at"),
+        ("nul\0.jsonl", "no text at"),
+        ("x.csv", "neither"),
+        ("empty", "has no .txt"),
+        (
+            "folder.jsonl",
+            r"folder .*folder\.jsonl' has no .txt.*; give one of its .jsonl files .*, such as part-0.jsonl",
+        ),
+    ],
 )
 def test_sources_that_are_none(tmp_path, name, message):
     (tmp_path / "x.csv").write_text("a,b")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    (tmp_path / "folder.jsonl").mkdir()
+    write_lines(tmp_path / "folder.jsonl" / "part-0.jsonl", [{"text": "one"}])
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         list(documents(str(tmp_path / name)))
+
+
+def test_no_name_is_not_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("alpha")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no text at ''"):
+        list(documents(""))
+    assert list(documents(".")) == ["alpha"]
 
 
 def test_an_article_is_found_without_its_field_being_named_and_may_be_a_list_of_lines(tmp_path):
@@ -125,6 +220,39 @@ def test_parquet_files_alone_and_in_a_folder(tmp_path):
     skips = Skips()
     assert not list(documents(numbers, skips=skips)) and skips.reasons == {"field 'text' is not a string": 2}
     assert list(documents(str(tmp_path / "set"))) == ["first\nsecond", *TEXTS]
+
+
+def test_parquet_files_without_rows_are_read_as_such(tmp_path):
+    schema = pyarrow.schema([("text", pyarrow.string())])
+    pyarrow.parquet.write_table(schema.empty_table(), tmp_path / "0.parquet")  # one row group of no rows
+    write_parquet(tmp_path / "1.parquet", [{"text": text} for text in TEXTS[:3]])
+    pyarrow.parquet.ParquetWriter(tmp_path / "2.parquet", schema).close()  # no row group
+    (tmp_path / "3.parquet").touch()
+    skips = Skips()
+    assert list(documents(str(tmp_path), skips=skips)) == TEXTS[:3]
+    assert skips.places == ["3.parquet: empty document"]
+    (tmp_path / "1.parquet").unlink()
+    with pytest.raises(ValueError, match=r"no document to train on in .*; skipped: 1 empty document \(the first at 3"):
+        load_corpus(str(tmp_path), tiny_tokenizer(), cache=tmp_path / "cache")
+
+
+def test_rows_of_a_parquet_file_of_many_and_uneven_row_groups_come_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "ROWS", 4)
+    table = pyarrow.Table.from_pylist([{"text": f"document {n}"} for n in range(30)])
+    with pyarrow.parquet.ParquetWriter(tmp_path / "t.parquet", table.schema) as file:
+        for start, length in ((0, 0), (0, 1), (1, 13), (14, 16)):
+            file.write_table(table.slice(start, length))
+    assert list(documents(str(tmp_path / "t.parquet"))) == [f"document {n}" for n in range(30)]
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_a_text_of_empty_files_alone_says_so(tmp_path, kind):
+    for n in range(3):
+        (tmp_path / f"{n}.{kind}").touch()
+    source = tmp_path if kind == "txt" else tmp_path / "0.jsonl"
+    skipped = r"3 empty document \(the first at 0.txt\)" if kind == "txt" else "none"
+    with pytest.raises(ValueError, match=f"no document to train on in .*; skipped: {skipped}$"):
+        load_corpus(str(source), tiny_tokenizer(), cache=tmp_path / "cache")
 
 
 def test_a_parquet_file_that_is_none_is_named(tmp_path):
@@ -168,6 +296,88 @@ def test_a_split_depends_on_the_words_alone():
     assert dict(zip(*shares, strict=True))["train"] == pytest.approx(0.96 * 4000, rel=0.02)
 
 
+def test_the_split_of_a_document_is_what_it_has_always_been():
+    """The models that ship were trained on these training splits: no document may ever move between them."""
+    texts = [f"document {'abc' * n} of {noun}" for n in range(500) for noun in ("one", "another")]
+    assert module.digest(" ".join(map(split_of, texts))) == "7cd0c8df91548056e4149f63c2955914"
+
+
+def numbers(n, words=50):
+    """The log of one day: the same words as every other one, around numbers of its own."""
+    rng = np.random.default_rng(n)
+    line = "at {} the sensor read {:.1f} degrees and {} percent"
+    return " ".join(line.format(hour, 30 * rng.random(), rng.integers(100)) for hour in range(words // 7 + 1))
+
+
+def prose(n, words=60):
+    """Words that no other document has."""
+    return " ".join(f"{'abcdefghij'[int(d)]}{number_word(n)}" for d in str(7**99)[:words])
+
+
+def test_documents_whose_content_is_numbers_are_no_copies_of_each_other(tmp_path):
+    logs = [numbers(n) for n in range(500)]
+    assert len(set(map(module.normalise, logs))) == 1 and len(module.normalise(logs[0]).split()) >= module.MIN_WORDS
+    skips = Skips()
+    source = write_lines(tmp_path / "logs.jsonl", [{"text": text} for text in (*logs, *logs[:9], logs[9].upper())])
+    assert list(module.clean_documents(source, skips=skips)) == logs and skips.copies == 10
+
+
+def test_prose_that_differs_in_a_number_is_a_copy(tmp_path):
+    near = [f"{prose(n)} {year}" for n in range(20) for year in (2023, 2024)]
+    skips = Skips()
+    source = write_lines(tmp_path / "near.jsonl", [{"text": text} for text in near])
+    assert list(module.clean_documents(source, skips=skips)) == near[::2] and skips.copies == 20
+
+
+def splits_of(texts):
+    """The documents of each split by the second rule, and the rule's name."""
+    name, split = module.split_few(texts)
+    splits = {key: [text for text in texts if split(text) == key] for key in module.SPLITS}
+    assert sum(map(len, splits.values())) == len(texts)
+    return name, splits
+
+
+@pytest.mark.parametrize("count", [3, 4, 9, 10, 40, 199])
+@pytest.mark.parametrize("make, name", [(prose, "rank of words"), (numbers, "rank of text")])
+def test_a_few_documents_fill_every_split(count, make, name):
+    texts = [make(n) for n in range(count)]
+    rule, splits = splits_of(texts)
+    assert rule == name
+    assert [len(splits[key]) for key in ("validation", "test")] == [max(1, count // 10)] * 2
+    assert splits_of(texts[::-1])[1] == {key: part[::-1] for key, part in splits.items()}  # in whatever order
+
+
+@pytest.mark.parametrize("count", [1000, 5000])
+def test_many_documents_that_differ_in_numbers_alone_are_held_out_by_the_hundred(count):
+    rng = np.random.default_rng(0).integers(1000, size=(count, 2))
+    texts = [f"Question {n}: what is {a} plus {b}? Answer: {a + b}" for n, (a, b) in enumerate(rng)]
+    rule, splits = splits_of(texts)
+    assert rule == "text"
+    for key in ("validation", "test"):
+        assert 0.01 < len(splits[key]) / count < 0.03
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_fewer_documents_than_splits_leave_the_test_split_empty_first(count):
+    _, splits = splits_of([prose(n) for n in range(count)])
+    assert [len(splits[key]) for key in module.SPLITS] == [1, count - 1, 0]
+
+
+def test_near_copies_of_short_prose_stay_in_one_split_when_there_are_few_documents():
+    texts = [f"{prose(n, words=12)} {page}" for n in range(30) for page in range(2)]
+    rule, splits = splits_of(texts)
+    assert rule == "rank of words" and [len(splits[key]) for key in module.SPLITS] == [48, 6, 6]
+    words = {key: set(map(module.normalise, part)) for key, part in splits.items()}
+    assert not words["train"] & (words["validation"] | words["test"]) and not words["validation"] & words["test"]
+
+
+def test_a_template_that_most_documents_share_is_not_held_out_as_a_whole():
+    texts = [f"{verb} {n} and {n * n}" for verb in ("add", "take", "multiply") for n in range(50)]
+    rule, splits = splits_of(texts)
+    assert rule == "rank of text"
+    assert {text.split()[0] for text in splits["train"]} == {"add", "take", "multiply"}
+
+
 @pytest.mark.slow
 def test_docstrings_are_many_and_no_two_alike():
     """The real corpus, from the packages installed here."""
@@ -179,13 +389,70 @@ def test_docstrings_are_many_and_no_two_alike():
     assert any("Parameters\n----------" in text for text in texts)
 
 
+def test_docstrings_stand_at_every_depth_of_a_file_and_what_is_not_python_has_none(tmp_path):
+    (tmp_path / "deep.py").write_bytes(
+        b'\xef\xbb\xbf"""module"""\n'  # as some Windows editors begin a file
+        b"if 1:\n try:\n  class A:\n   '''class'''\n   async def f(self):\n    '''method \\ud800'''\n"
+        b" except E:\n  with x:\n   def g():\n    '''in a handler'''\n"
+        b"else:\n match x:\n  case 1:\n   def h():\n    '''in a case'''\n    s = '''no docstring'''\n"
+    )
+    (tmp_path / "template.py").write_text("def {name}():\n    '''docstring'''")
+    (tmp_path / "binary.py").write_bytes(b"'''\0\xff'''")
+    (tmp_path / "deep_expression.py").write_text("'''unread'''\nx = " + "(" * 10**5)
+    files = sorted(map(str, tmp_path.iterdir()))
+    assert sorted(module._docstrings_of(files)) == sorted(
+        ["module", "class", "method \ud800", "in a handler", "in a case"]
+    )
+
+
+def test_a_text_of_a_package_that_is_not_installed_is_refused_by_its_name(monkeypatch):
+    monkeypatch.setitem(module.PACKAGES, "docstrings", ("numpy", "no_such_package"))
+    for read in (module.documents, lambda source: module.identify(source, "text")):
+        with pytest.raises(FileNotFoundError, match=r"'no_such_package' .* \(pip install no_such_package\)"):
+            list(read("docstrings"))
+
+
+def test_a_reader_of_docstrings_that_fails_is_an_error(monkeypatch):
+    monkeypatch.setattr(module, "__file__", "/nowhere/documents.py")
+    with pytest.raises(RuntimeError, match=r"cannot be read: .* ended with 2: .*_docstrings\.py"):
+        list(module.docstrings(["numpy"]))
+
+
+SCRIPT = """
+import multiprocessing, sys
+multiprocessing.set_start_method(sys.argv[1], force=True)
+from dalm_utils import documents, load_corpus
+from tests.helpers import tiny_tokenizer
+documents.PACKAGES["docstrings"] = ("accelerate",)
+print(load_corpus("docstrings", tiny_tokenizer(), cache=sys.argv[2]).facts["documents"]["train"])
+"""
+
+
+@pytest.mark.parametrize("start_method, name", [("spawn", "main.py"), ("forkserver", "main.py"), ("spawn", "-")])
+def test_a_script_without_a_guard_prepares_docstrings_under_every_start_method(tmp_path, start_method, name):
+    """Processes that import the main script again would wait here for the lock of the one that waits for them."""
+    (tmp_path / "main.py").write_text(SCRIPT)
+    script = "-" if name == "-" else str(tmp_path / name)
+    result = subprocess.run(
+        [sys.executable, script, start_method, str(tmp_path / "cache")],
+        input=SCRIPT, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) > 100
+
+
 @pytest.mark.slow
 def test_processes_that_read_docstrings_end_with_the_one_that_was_killed():
-    code = "import time; from dalm_utils.documents import docstrings\n"
-    code += "for text in docstrings(['networkx']): print('begun', flush=True); time.sleep(60)"
-    reader = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert reader.stdout.readline() == b"begun\n"
-    helpers = psutil.Process(reader.pid).children(recursive=True)
+    code = "from dalm_utils.documents import PACKAGES, docstrings; list(docstrings(PACKAGES['docstrings']))"
+    reader = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    helper = None
+    while helper is None:
+        assert reader.poll() is None
+        for child in psutil.Process(reader.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.suspend()  # so that it cannot have finished before its parent is killed
+                helper = child
     reader.kill()
-    reader.communicate()
-    assert helpers and not psutil.wait_procs(helpers, timeout=20)[1]
+    reader.wait()
+    helper.resume()
+    assert not psutil.wait_procs([helper], timeout=60)[1]

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -40,7 +39,7 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Answer)
-        self.folder, self.given, self.closing = folder, set(), threading.Event()
+        self.folder, self.given, self.unanswered, self.closing = folder, set(), 0, threading.Event()
         self.address = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -50,6 +49,7 @@ class Answer(BaseHTTPRequestHandler):
     def do_GET(self):
         url = urlsplit(self.path)
         if "tiny/mute" in url.path or ("tiny/half" in url.path and "model.safetensors" in self.path):
+            self.server.unanswered += 1
             return self.server.closing.wait()
         query = {key: values[0] for key, values in parse_qs(url.query).items()}
         match [unquote(part) for part in url.path.strip("/").split("/")]:
@@ -154,8 +154,7 @@ def hub(tmp_path_factory):
     publish(folder / "tiny" / "half" / "main")
     for name in ("model", "pickles", "headless", "half"):
         shutil.copytree(folder / "tiny" / name / "main", folder / "tiny" / name / "master")
-    with Hub(folder) as server, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hubs, "PATIENCE", 3)
+    with Hub(folder) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.closing.set()
@@ -181,6 +180,7 @@ def here(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("MODELSCOPE_HOME", str(tmp_path / "home"))
     turn_to(hub.address)
     hub.given.clear()
+    hub.unanswered = 0
     hub.turn_to = turn_to
     yield hub
     set_default_config(None)
@@ -191,11 +191,9 @@ def logits(model):
 
 
 def complaint(name, hub, **options):
-    """The message with which loading fails, and that within seconds; every one names the ways out."""
-    begun = time.monotonic()
+    """The message with which loading fails; every one names the ways out."""
     with pytest.raises(FileNotFoundError) as caught:
         load_base(name, hub=hub, **options)
-    assert time.monotonic() - begun < 10
     message = str(caught.value)
     asked, other = ("modelscope", "huggingface") if hub == "modelscope" else ("huggingface", "modelscope")
     assert f"no model {name!r} (hub={hub!r}" in message and f"{asked}: " in message
@@ -276,9 +274,11 @@ def test_without_a_network(source, here):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny/mute", "tiny/half"])
 @pytest.mark.parametrize("source", HUBS)
-def test_a_hub_that_stalls_is_given_up_within_seconds(source, name, here):
+def test_a_hub_that_stalls_is_given_up_after_one_question(source, name, here, monkeypatch):
     """A hub that takes every connection and never answers, and one that answers until it is asked for weights."""
+    monkeypatch.setattr(hubs, "PATIENCE", 3)
     assert "timed out" in complaint(name, source)
+    assert here.unanswered == 1  # the clients ask again and again, for seven minutes
 
 
 # ---------------------------------------------------------------------------------------------------- by pip

@@ -1,4 +1,7 @@
+import argparse
+import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -10,12 +13,14 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 
+import dalm_utils.__main__ as cli
 from dalm_utils import load_corpus, nelbo, sampling, save_diffusion
 from dalm_utils.__main__ import main
-from dalm_utils.checkpoint import History, RunFolder
+from dalm_utils.checkpoint import RunFolder
 from dalm_utils.config import PROJECT
+from dalm_utils.history import History
 from dalm_utils.quality import infilling
-from tests.helpers import TEXTS, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
+from tests.helpers import PATIENCE, TEXTS, stop_after, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -96,7 +101,7 @@ def test_evaluate_as_a_table_and_as_json(workplace, capsys):
     assert "an AR model with the same tokenizer" in capsys.readouterr().err
 
 
-def test_status_shows_where_a_run_stands(workplace, capsys, monkeypatch):
+def test_status_shows_how_far_a_run_is(workplace, capsys, monkeypatch):
     assert main(["train", "gpt2", "name=cli", "log_every=2", "sample_every=0"]) == 0
     told = capsys.readouterr()
     assert re.search(
@@ -145,7 +150,7 @@ def test_a_damaged_model_is_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_a_run_that_ran_out_of_patience_and_then_went_on_is_not_finished(workplace, capsys):
+def test_a_run_that_ran_out_of_patience_and_then_continued_is_not_finished(workplace, capsys):
     run = RunFolder(workplace / "runs" / "cli")
     run.open({"total_steps": 12})
     run.close()
@@ -188,7 +193,15 @@ def test_data_smollm2_fetches_a_model_and_names_the_file(monkeypatch, capsys, tm
         (["train", "gpt2", "steps"], "not of the form field=value"),
         (["train", "gpt2", "--profile", "desktop"], "choose one of laptop, real, full"),
         (["train", "gpt2", "steps=3", "--profile", "laptop", "stepz=3", "--fresh"], "did you mean 'steps'"),
+        (["train", "gpt2", "learning_rate=nan"], "learning_rate must be a finite number, got nan"),
+        (["train", "gpt2", "base=nowhere", "hub=local"], "no model 'nowhere'"),
+        (["train", "gpt2", f"runs={__file__}"], "test_main.py"),
+        (["status", __file__], f"no run {__file__!r}"),
         (["sample", "nowhere"], "no model 'nowhere'"),
+        (["sample", __file__], f"no model {__file__!r}"),
+        (["sample", "caf\udce9"], "the argument 'caf\\udce9' is not UTF-8"),
+        (["sample", "tiny-diffugpt", "--prompt", "\udcff"], "the argument '\\udcff' is not UTF-8"),
+        (["data", __file__], "neither a .jsonl or .parquet file nor a folder"),
         (["data", "nowhere.jsonl"], "no text at"),
         (["data", "arxiv:99"], "1 to 15 shards, not '99'"),
         (["data", "docstrings", "--hub", "modelscope"], "'docstrings' does not come from a hub"),
@@ -199,6 +212,32 @@ def test_mistakes_get_one_line_and_no_traceback(workplace, capsys, arguments, me
     assert main([*arguments, *extra]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
+
+
+def options_of(kind):
+    """Every option of every command whose values are of this type, with what it needs before it."""
+    needed = {"train": ["gpt2"], "data": [], "notebook": ["a.ipynb"]}
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers()
+    for name in ("train", "status", "sample", "evaluate", "data", "notebook"):
+        getattr(cli, f"_add_{name}")(commands)
+        for action in commands.choices[name]._actions:
+            if action.type is kind:
+                yield [name, *needed.get(name, ["nowhere"]), action.option_strings[0]]
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("arguments", list(options_of(float)), ids="".join)
+def test_a_number_that_is_not_finite_is_found_first(capsys, arguments, bad):
+    assert main([*arguments[:-1], f"{arguments[-1]}={bad}"]) == 1
+    assert capsys.readouterr().err == f"error: {arguments[-1]} must be a finite number, got {bad}\n"
+
+
+@pytest.mark.parametrize("arguments", list(options_of(int)), ids="".join)
+def test_a_count_that_is_too_small_is_found_first(capsys, arguments):
+    least = 0 if arguments[-1] == "--seed" else 1
+    assert main([*arguments, str(least - 1)]) == 1
+    assert capsys.readouterr().err == f"error: {arguments[-1]} must be at least {least}, got {least - 1}\n"
 
 
 @pytest.mark.parametrize("arguments", [["train", "gpt2", "--profil", "x", "--fersh"], ["status", "a", "steps=3"]])
@@ -212,12 +251,148 @@ def test_settings_may_stand_behind_an_option(workplace):
     before, behind = ["log_every=2", "sample_every=0"], ["name=behind", "steps=4"]
     assert main(["train", "gpt2", *before, "--profile", "laptop", *behind, "--fresh"]) == 0
     config = json.loads((workplace / "runs" / "behind" / "config.json").read_text())
-    assert (config["log_every"], config["steps"]) == (2, 4)
+    assert (config["log_every"], config["total_steps"]) == (2, 4)
+
+
+def test_status_prints_nothing_before_an_error(workplace, monkeypatch, capsys):
+    run = RunFolder(workplace / "runs" / "cli")
+    run.open({"total_steps": 12})
+    run.close()
+    monkeypatch.setattr(RunFolder, "is_claimed", lambda folder: os.open(run.path / "nothing", os.O_RDONLY))
+    assert main(["status", str(run.path)]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith("error: [Errno 2]") and shown.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"total_steps": '])
+def test_status_names_a_damaged_config(tmp_path, capsys, content):
+    (tmp_path / "config.json").write_bytes(content)
+    assert main(["status", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / 'config.json'} is not JSON") and error.count("\n") == 1
+
+
+def test_status_reads_a_history_with_a_damaged_last_line(workplace, capsys):
+    run = RunFolder(workplace / "runs" / "cli")
+    run.open({"total_steps": 12})
+    run.close()
+    (run.path / "history.jsonl").write_bytes(b'{"step": 6, "loss": 5.0}\n{"step": \xff\x00')
+    assert main(["status", str(run.path)]) == 0
+    assert "step 6 of 12, not running" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------ the exit status
+@pytest.mark.parametrize("kind, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_has_its_own_exit_status_and_resumes(workplace, monkeypatch, capsys, kind, status):
+    def stop(history, config):
+        if history.records[-1]["step"] == 4:
+            os.kill(os.getpid(), kind)
+
+    asked = ["train", "gpt2", "name=cli", "log_every=2", "sample_every=0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_print_record", stop)
+        assert main(asked) == status
+    told = capsys.readouterr().err
+    stopped = re.search(r"stopped at step (\d+) of 12; run it again to resume there", told)
+    assert stopped and 4 <= int(stopped[1]) < 12 and "Traceback" not in told
+    assert main(asked) == 0
+    assert f"resuming from step {stopped[1]} of 12" in capsys.readouterr().err
+
+
+def test_a_signal_at_the_last_step_does_not_make_a_finished_run_a_stopped_one(workplace, monkeypatch):
+    monkeypatch.setattr(cli, "_print_record", stop_after(12))
+    assert main(["train", "gpt2", "name=cli", "log_every=2", "sample_every=0"]) == 0
+
+
+def test_an_interrupt_while_loading_is_one_line(monkeypatch, capsys):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dalm_utils.backbone.load_diffusion", interrupted)
+    assert main(["sample", "tiny-diffugpt"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+COMMAND = [sys.executable, "-m", "dalm_utils"]
+
+
+def test_help_needs_no_library_and_no_docstring():
+    code = (
+        "import sys\nfrom dalm_utils.__main__ import main\n"
+        "try: main(['--help'])\nfinally: print(*sys.modules, file=sys.stderr)"
+    )
+    told = subprocess.run([sys.executable, "-OO", "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    assert "usage: python -m dalm_utils" in told.stdout and "exit status: 0 success" in told.stdout
+    loaded = set(told.stderr.split())
+    assert "argparse" in loaded and not {"torch", "transformers", "numpy", "accelerate", "nbclient"} & loaded
+
+
+def test_a_command_that_transformers_cannot_run_without_docstrings_is_one_line():
+    command = [sys.executable, "-OO", "-m", "dalm_utils", "sample", "tiny-diffugpt"]
+    told = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert told.returncode == 1 and told.stderr.startswith("error: ") and told.stderr.endswith("without -OO\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments, unbuffered", [(["--help"], ""), (["status", "."], ""), (["status", "."], "1")])
+def test_a_reader_that_leaves_ends_the_command_quietly(tmp_path, arguments, unbuffered):
+    (tmp_path / "config.json").write_text('{"total_steps": 12}')
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = os.environ | {"PYTHONPATH": str(PROJECT), "PYTHONUNBUFFERED": unbuffered}
+    told = subprocess.run([*COMMAND, *arguments], cwd=tmp_path, env=environment, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (told.returncode, told.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_an_output_that_cannot_be_written_is_one_line():
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    with open("/dev/full", "w") as full:
+        told = subprocess.run([*COMMAND, "--help"], cwd=PROJECT, env=environment, stdout=full, stderr=subprocess.PIPE)
+    assert told.returncode == 1 and re.fullmatch(rb"error: the output cannot be written: .*\n", told.stderr)
+
+
+def test_a_terminal_that_lacks_a_character_still_gets_the_text(tmp_path, monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr(sampling, "generate", lambda *_, **__: SimpleNamespace(text=["caf\xe9 \ufffd"]))
+    monkeypatch.setattr("dalm_utils.backbone.load_diffusion", lambda *_, **__: (None, None))
+    assert main(["sample", "model"]) == 0
+    assert output.buffer.getvalue() == b"caf\\xe9 \\ufffd\n"
+
+
+# ------------------------------------------------------------------------------------------------------- training
+def test_a_machine_that_cannot_run_a_profile_is_an_error_before_any_download(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    loaded = []
+    monkeypatch.setattr("dalm_utils.run.load_base", lambda *arguments, **_: loaded.append(arguments))
+    assert main(["train", "gpt2", "--profile", "full"]) == 1
+    assert "torch sees no CUDA device here" in capsys.readouterr().err and not loaded
+
+
+def test_a_finished_run_continues_with_more_steps(workplace, capsys):
+    asked = ["train", "gpt2", "name=cli", "log_every=1", "sample_every=0", "warmup_steps=1", "anneal_steps=2"]
+    assert main([*asked, "steps=3"]) == 0
+    capsys.readouterr()
+    assert main([*asked, "steps=6"]) == 0
+    told = capsys.readouterr()
+    assert "resuming from step 3 of 6" in told.err and re.findall(r"step +(\d+) ", told.out) == ["4", "5", "6"]
+    assert main(["status", str(workplace / "runs" / "cli")]) == 0
+    assert "step 6 of 6, finished" in capsys.readouterr().out
+
+
+def test_training_continues_from_the_best_model_of_a_run_with_an_open_mask(workplace, capsys):
+    asked = ["train", "gpt2", "log_every=1", "sample_every=0", "warmup_steps=1", "anneal_steps=2", "steps=3"]
+    assert main([*asked, "name=first", "eval_every=3"]) == 0
+    assert main([*asked, "name=second", f"base={workplace / 'runs' / 'first' / 'best'}", "distill=0"]) == 0
+    first, second = (History.load(workplace / "runs" / name / "history.jsonl") for name in ("first", "second"))
+    assert first.series("ratio")[1] == [0.5, 1, 1] and second.series("ratio")[1] == [1, 1, 1]
 
 
 @pytest.mark.slow
 def test_a_notebook_runs_with_progress_and_becomes_a_page(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("dalm_utils.__main__.PROJECT", tmp_path)
+    monkeypatch.setattr("dalm_utils.scripts.notebook.PROJECT", tmp_path)
     sources = ["import sys", "print('busy', file=sys.stderr)", "print('where to look')"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
     nbformat.write(notebook, tmp_path / "small.ipynb")
@@ -239,7 +414,7 @@ asked = []
 for kind in (signal.SIGINT, signal.SIGTERM):
     signal.signal(kind, lambda *which: asked.append(which))
 Path("begun").touch()
-end = time.monotonic() + 60
+end = time.monotonic() + 600
 while not asked and time.monotonic() < end:
     time.sleep(0.1)
 time.sleep(6)  # the step in hand, longer than a kernel gets by default
@@ -256,14 +431,14 @@ def test_a_notebook_that_is_stopped_ends_its_step_and_says_how_to_go_on(tmp_path
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    told = process.communicate(timeout=60)[1]
+    told = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 1 and "error: stopped; the same command continues" in told and "Traceback" not in told
     assert (tmp_path / "checkpoint").read_text() == "1 signal"
 
 
 @pytest.mark.slow
 def test_a_failing_notebook_says_which_line_and_keeps_the_stored_one(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("dalm_utils.__main__.PROJECT", tmp_path)
+    monkeypatch.setattr("dalm_utils.scripts.notebook.PROJECT", tmp_path)
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")]), tmp_path / "bad.ipynb")
     assert main(["notebook", str(tmp_path / "bad.ipynb")]) == 1
     error = capsys.readouterr().err

@@ -9,6 +9,7 @@ import nbformat
 import pytest
 
 from dalm_utils.config import PROJECT
+from tests.helpers import PATIENCE
 from tests.nbval_tolerance import RECORDED, snap, snap_outputs
 
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
@@ -73,6 +74,6 @@ def test_nbval_with_our_plugin_fails_where_a_figure_is_off(tmp_path):
     nbformat.write(notebook, tmp_path / "third.ipynb")
     command = [sys.executable, "-m", "pytest", "-p", "tests.nbval_tolerance", "-p", "no:cacheprovider", "-rA"]
     command += ["--nbval", "--nbval-current-env", "--rootdir", str(tmp_path), str(tmp_path / "third.ipynb")]
-    told = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120).stdout
+    told = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=PATIENCE).stdout
     verdicts = {int(cell): verdict == "PASSED" for verdict, cell in re.findall(r"^([A-Z]+) .*::Cell (\d+)", told, re.M)}
     assert [verdicts.get(number) for number in range(len(stored))] == [passes for *_, passes in stored], told

@@ -33,15 +33,23 @@ def test_importing_the_package_imports_neither_torch_nor_transformers():
 
 
 def test_every_public_name_is_found_and_known_to_type_checkers():
-    imports = [node for node in ast.walk(ast.parse(Path(dalm_utils.__file__).read_text())) if isinstance(node, ast.If)]
-    (block,) = (node for node in imports if ast.unparse(node.test) == "TYPE_CHECKING")
-    seen = {alias.name: statement.module for statement in block.body for alias in statement.names}
-    assert seen == dalm_utils._HOME
-    assert sorted(seen) == sorted(dalm_utils.__all__) and set(seen) <= set(dir(dalm_utils))
-    for name, module in seen.items():
+    branches = [node for node in ast.walk(ast.parse(Path(dalm_utils.__file__).read_text())) if isinstance(node, ast.If)]
+    (block,) = (node for node in branches if ast.unparse(node.test) == "TYPE_CHECKING")
+    home = {alias.name: statement.module for statement in block.body for alias in statement.names}
+    assert sorted(home) == sorted(dalm_utils.__all__) and set(home) <= set(dir(dalm_utils))
+    for name, module in home.items():
         assert getattr(dalm_utils, name) is getattr(getattr(dalm_utils, module), name)
     with pytest.raises(AttributeError, match="module 'dalm_utils' has no attribute 'trane'"):
         _ = dalm_utils.trane
+
+
+@pytest.mark.slow
+def test_the_first_name_used_imports_the_modules_behind_all_of_them():
+    """Else a notebook would meet a later version of the code in the middle of a run, if it was edited meanwhile."""
+    code = "import sys, dalm_utils; dalm_utils.anneal_ratio; before = set(sys.modules)\n"
+    code += "[getattr(dalm_utils, name) for name in dalm_utils.__all__]; print(set(sys.modules) - before)"
+    result = python("-c", code, cwd=PROJECT)
+    assert result.stdout == "set()\n", result
 
 
 @pytest.mark.slow

@@ -5,11 +5,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
 from dalm_utils import annealed_mask, generate, plots
 from dalm_utils.config import RunConfig
+from dalm_utils.evaluation import Restored
 from dalm_utils.history import History
 from tests.helpers import tiny_diffusion
 
@@ -67,7 +69,7 @@ def test_the_live_curve_redraws_and_closes_its_figures(shown):
     for end in (10, 20, 40):
         live(history(40) if end == 40 else History(records=history().records[: end // 5]), RunConfig(name="run"))
     assert len(shown) == 3 and not matplotlib.pyplot.get_fignums()
-    assert "it writes: costs" in shown[-1].texts[0].get_text()
+    assert "sample: costs" in shown[-1].texts[0].get_text()
 
 
 def test_quality_panels(shown):
@@ -164,7 +166,10 @@ def test_the_stability_panel_marks_where_a_run_went_back(shown, scale):
         | ({"loss_scale": scale} if scale else {})
         for s in range(5, 30, 5)
     ]
-    back = {"step": 20, "event": "at step 22 5 steps in a row were unusable: back to step 20, learning rate x 0.5"}
+    back = {
+        "step": 20,
+        "event": "at step 22 5 steps in a row were skipped: rolled back to step 20, learning rate x 0.5",
+    }
     plots.stability(History(records=[*records, back, {"step": 25, "event": "finished: no better NELBO"}]))
     axes = shown[0].axes
     assert len(axes) == (4 if scale else 3)
@@ -176,4 +181,44 @@ def test_the_stability_panel_marks_where_a_run_went_back(shown, scale):
         2,
     ]
     assert all([list(line.get_xdata()) for line in axis.lines[1:2]] == [[20, 20]] for axis in axes)
-    assert sum(line.get_label() == "went back to here" for line in axes[0].lines) == 1
+    assert sum(line.get_label() == "rolled back to here" for line in axes[0].lines) == 1
+
+
+def test_the_smoothed_loss_is_centred(shown):
+    x, y = plots._smooth(list(range(7)), [0.0, 0, 0, 7, 0, 0, 0])
+    assert x == list(range(7)) and y == pytest.approx([0, 0, 7 / 5, 7 / 5, 7 / 5, 0, 0])
+    line = plots._smooth(list(range(9)), [2.0 * i for i in range(9)])[1]
+    assert line == pytest.approx([2.0 * i for i in range(9)])  # a trailing mean would lag behind a falling loss
+
+
+def test_the_strip_draws_each_token_masked_then_new_then_old(shown):
+    model, tokenizer = tiny_diffusion()
+    samples = generate(model, tokenizer, prompt="Return", length=10, steps=5, return_history=True)
+    plots.strip(samples, tokenizer, frames=3)
+    first, middle, last = shown[0].axes
+    assert len(first.patches) == 10 and len(last.patches) == 0
+    assert 0 < len(middle.patches) < 10
+    colors = [text.get_color() for text in last.texts]
+    assert plots.ORANGE in colors and colors[0] == "#111111"
+    assert f"after 0 of {len(samples.history)} passes" in first.get_title(loc="left")
+
+
+def test_restored_text_colours_right_and_wrong_tokens(shown):
+    pieces = [("the mean of", "given"), (" an", "right"), (" old", "wrong"), (" array\nof $x$", "given")]
+    plots.restored_text(pieces, width=20)
+    (axis,) = shown[0].axes
+    drawn = {text.get_text(): text.get_color() for text in axis.texts}
+    assert drawn[" an"] == plots.GREEN and drawn[" old"] == plots.RED and r"of \$x\$" in drawn
+
+
+def test_the_figure_by_time_shows_both_models_and_the_paired_gain(shown):
+    rng = np.random.default_rng(0)
+    base = Restored((0.1, 0.5), rng.random((2, 30)), rng.random((2, 30)))
+    better = Restored((0.1, 0.5), base.nll - 0.1, base.accuracy + 0.2)
+    plots.by_time({"diffusion": better, "AR base": base})
+    left, middle, right = shown[0].axes
+    assert len(left.containers) == len(middle.containers) == 2 and len(right.containers) == 1
+    gain = right.containers[0]
+    assert list(gain.lines[0].get_ydata()) == pytest.approx([20.0, 20.0])
+    spread = [segment[1][1] - segment[0][1] for segment in gain.lines[2][0].get_segments()]
+    assert max(spread) < 1e-9  # the same blocks differ by the same amount: a paired error of zero

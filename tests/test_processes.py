@@ -14,8 +14,8 @@ from dalm_utils.checkpoint import RunFolder, is_whole
 from dalm_utils.config import PROJECT
 from dalm_utils.history import History
 from dalm_utils.objective import Batch
-from tests.helpers import opened, tiny_base, tiny_config, tiny_diffusion
-from tests.processes import start_many, wait_for_step
+from tests.helpers import PATIENCE, opened, tiny_base, tiny_config, tiny_diffusion
+from tests.processes import Gate, Meeting, exit_codes, last_step, start_many
 
 pytestmark = pytest.mark.slow
 
@@ -53,9 +53,7 @@ def test_two_processes_with_the_same_global_batch_follow_the_curve_of_one(tmp_pa
     changes = dict(batch=2, base=tiny_base(tmp_path), distill=4.0, **STEPS)
     config = tiny_config(tmp_path, **changes)
     processes = start_many(2, tmp_path, changes, WAYS[way])
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0], (tmp_path / "messages-0").read_text()
+    assert exit_codes(*processes) == [0, 0], (tmp_path / "messages-0").read_text()
     assert_same_curve(config.folder, alone)
     assert sorted(path.name for path in config.folder.iterdir()) == sorted(path.name for path in alone.iterdir())
     load_diffusion(config.folder / "best")
@@ -68,9 +66,7 @@ def test_sharded_weights_in_bf16_keep_sums_and_times_in_fp32(tmp_path):
     config = tiny_config(tmp_path / "one", batch=4, **changes)
     alone = train(*tiny_diffusion(), config)
     processes = start_many(2, tmp_path, dict(batch=2, **changes), FSDP)
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0], (tmp_path / "messages-0").read_text()
+    assert exit_codes(*processes) == [0, 0], (tmp_path / "messages-0").read_text()
     ours = History.load(tiny_config(tmp_path).folder / "history.jsonl")
     for key, tolerance in (("loss", 1e-3), ("grad_norm", 1e-2), ("nelbo", 1e-3)):
         assert ours.series(key)[1] == pytest.approx(alone.series(key)[1], rel=tolerance)
@@ -83,9 +79,7 @@ def test_an_unstable_run_goes_back_on_all_processes_and_tells_why_it_ends(tmp_pa
     with pytest.raises(RuntimeError, match="unstable: at step 19, after 3 rollbacks") as told:
         train(*tiny_diffusion(), alone)
     processes = start_many(2, tmp_path, dict(batch=2, **shaky), WAYS[way])
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [1, 1]
+    assert exit_codes(*processes) == [1, 1]
     assert all(str(told.value) in (tmp_path / f"messages-{rank}").read_text() for rank in (0, 1))
     assert [path.name for path in together.folder.glob("step-*")] == ["step-000012"]  # whole, after three returns
     expected, ours = (History.load(config.folder / "history.jsonl") for config in (alone, together))
@@ -96,29 +90,28 @@ def test_an_unstable_run_goes_back_on_all_processes_and_tells_why_it_ends(tmp_pa
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path, alone, way):
     changes = dict(batch=2, base=tiny_base(tmp_path), distill=4.0, **STEPS)
-    config = tiny_config(tmp_path, **changes)
-    processes = start_many(2, tmp_path, changes, WAYS[way])
-    wait_for_step(config.folder, 6, *processes)
+    config, gate = tiny_config(tmp_path, **changes), Gate(step=6)
+    processes = start_many(2, tmp_path, changes, WAYS[way], on_log=gate.hold)
+    gate.wait(*processes)
     for process in processes:
         process.terminate()  # as a launcher does when it is stopped: they agree on a step, and save it
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0], (tmp_path / "messages-0").read_text()
-    reached = History.load(config.folder / "history.jsonl").last("step")
-    assert 6 <= reached < 24 and is_whole(config.folder / f"step-{reached:06d}")
+    gate.open()
+    assert exit_codes(*processes) == [0, 0], (tmp_path / "messages-0").read_text()
+    assert last_step(config.folder) == 6 and is_whole(config.folder / "step-000006")
     train(*tiny_diffusion(), config.replace(batch=4))  # one process, the same global batch
     assert_same_curve(config.folder, alone)
 
 
-def test_when_one_worker_is_killed_the_others_say_so_and_leave_a_whole_checkpoint(tmp_path, alone):
+@pytest.mark.parametrize("killed", [0, 1])
+def test_when_one_worker_is_killed_the_other_says_so_and_leaves_a_whole_checkpoint(tmp_path, alone, killed):
     changes = dict(batch=2, base=tiny_base(tmp_path), distill=4.0, **STEPS)
-    config = tiny_config(tmp_path, **changes)
-    processes = start_many(2, tmp_path, changes)
-    wait_for_step(config.folder, 6, *processes)
-    processes[1].kill()
-    processes[0].join(60)
-    assert processes[0].exitcode == 1
-    told = (tmp_path / "messages-0").read_text()
+    config, gate = tiny_config(tmp_path, **changes), Gate(step=6)
+    processes = start_many(2, tmp_path, changes, on_log=gate.hold)
+    gate.wait(*processes)
+    processes[killed].kill()
+    gate.open()
+    assert exit_codes(*processes) == [-9 if rank == killed else 1 for rank in (0, 1)]
+    told = (tmp_path / f"messages-{1 - killed}").read_text()
     assert "probably because another one died" in told and "the same command continues there" in told
     assert is_whole(RunFolder(config.folder).checkpoints()[-1])
     train(*tiny_diffusion(), config.replace(batch=4))
@@ -133,12 +126,63 @@ def test_the_command_trains_on_two_processes_under_a_launcher(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "dalm_utils", "train", "gpt2", "name=launched", "batch=2", "steps=4", "log_every=2"]
     result = subprocess.run(
-        command, cwd=PROJECT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=180
+        command, cwd=PROJECT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=PATIENCE
     )
     assert result.returncode == 0, result.stderr
     settings = json.loads((tmp_path / "runs" / "launched" / "config.json").read_text())
     assert settings["global_batch"] == 4 and settings["total_steps"] == 4
     assert result.stdout.count("checkpoints  ") == 1  # one process reports
+
+
+SCRIPT = """
+import atexit, os, signal, sys, weakref
+from pathlib import Path
+
+@atexit.register  # the first to be registered, the last to run
+def tell():
+    print("at exit the group is", "gone" if group() is None else "there", file=sys.stderr)
+
+from torch import distributed
+from dalm_utils import train
+from tests.helpers import tiny_config, tiny_diffusion
+folder, ending, group = Path(sys.argv[1]), sys.argv[2], lambda: None
+
+def watch(history, config):
+    global group
+    group = weakref.ref(distributed.group.WORLD)
+    if config.name == "second" and ending == "error" and history.last("step") == 4:
+        raise OSError("nothing can be drawn here")
+    if config.name == "second" and ending == "Ctrl-C" and history.last("step") == 4:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+def train_one(name):
+    train(*tiny_diffusion(), tiny_config(folder, name=name, batch=2, steps=6), on_log=watch)
+    distributed.barrier()
+
+train_one("first")
+group = weakref.ref(distributed.group.WORLD)
+train_one("second")
+"""
+
+
+@pytest.mark.parametrize("ending, codes", [("success", [0, 0]), ("error", [1, 1]), ("Ctrl-C", [-2, 1])])
+def test_a_script_may_train_again_and_its_processes_exit_in_order(tmp_path, ending, codes):
+    """The group serves the whole script; at the end nobody aborts, and nobody waits for one that has failed."""
+    tiny_config(tmp_path)  # writes the text
+    meeting = Meeting(2)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(tmp_path), ending],
+            cwd=PROJECT, env={**os.environ, "OMP_NUM_THREADS": "1", **meeting.environment(rank)},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    told = [process.communicate(timeout=PATIENCE)[1] for process in processes]
+    assert [process.returncode for process in processes] == codes, told
+    assert all("at exit the group is gone" in words for words in told), told
+    assert ("probably because another one died" in told[1]) == (ending != "success")
 
 
 @pytest.mark.parametrize("processes, accumulate", [(1, 2), (2, 1), (3, 2)])

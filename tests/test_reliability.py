@@ -11,23 +11,24 @@ import random
 import re
 import resource
 import shutil
+import signal
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from jupyter_client.manager import start_new_kernel
+from jupyter_client import KernelManager
 from safetensors.torch import load_file
 
 from dalm_utils import checkpoint, train
 from dalm_utils.checkpoint import RunFolder, is_whole, write_whole
 from dalm_utils.config import PROJECT
 from dalm_utils.history import History
-from tests.helpers import comparable, tiny_base, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
-from tests.processes import last_step, start, wait_for_step
+from tests.helpers import PATIENCE, comparable, tiny_base, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
+from tests.processes import Gate, Strike, exit_codes, last_step, start
 
 LONG = dict(steps=60, save_every=3, log_every=2, eval_every=10, anneal_steps=30, dropout=0.1)
+CALLS = 100_000  # and returns of Python and C functions: three steps of it with the checkpoint, which is half of them
 
 
 def outcome(folder: Path) -> tuple:
@@ -44,41 +45,51 @@ def assert_same(ours: tuple, expected: tuple) -> None:
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-def kill_again_and_again(folder: Path, kills: int, settings: dict, seed: int) -> dict:
-    """SIGKILL a run `kills` times, each time some steps further and at any moment of a step; then let it end."""
+def interrupt_again_and_again(folder: Path, times: int, settings: dict, seed: int, kind=signal.SIGKILL) -> dict:
+    """Signal a run `times` times, each time some steps further and at any moment of a step; then let it end.
+
+    Every fourth SIGKILL hits while the run is being opened and its checkpoint read.
+    """
     draw = random.Random(seed)
     run = tiny_config(folder, **settings).folder
-    targets = sorted(draw.randint(0, settings["steps"] - 20) for _ in range(kills))  # it must not end first
-    figures = {"kills": 0, "while writing a checkpoint": 0, "steps repeated": 0}
-    for target in targets:
-        further = max(target, last_step(run) + 1)
-        process = start(folder, settings)
-        while process.is_alive() and last_step(run) < further:
-            time.sleep(0.002)
-        time.sleep(draw.uniform(0, 0.06))
-        process.kill()
-        process.join()
-        if process.exitcode == 0:
-            break  # it had ended
-        figures["kills"] += 1
-        figures["while writing a checkpoint"] += any(run.glob("*.unfinished"))
+    targets = sorted(draw.randint(1, settings["steps"] - 20) for _ in range(times))
+    figures = {"times": 0, "while writing a checkpoint": 0, "steps repeated": 0}
+    for number, target in enumerate(targets):
+        at_start = kind == signal.SIGKILL and number % 4 == 3
+        strike = Strike(0 if at_start else target, draw.randint(1, CALLS), kind)
+        codes = exit_codes(start(folder, settings, on_log=strike))
+        assert codes == [-signal.SIGKILL if kind == signal.SIGKILL else 0]
         whole = [checkpoint.step_of(path) for path in RunFolder(run).checkpoints() if is_whole(path)]
-        figures["steps repeated"] += last_step(run) - max(whole, default=0)
-    process = start(folder, settings)
-    process.join(120)
-    assert process.exitcode == 0
+        figures["times"] += 1
+        figures["while writing a checkpoint"] += any(path.is_dir() for path in run.glob("*.unfinished"))
+        figures["steps repeated"] += max(0, last_step(run) - max(whole, default=0))
+    assert exit_codes(start(folder, settings)) == [0]
     return figures
 
 
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def undisturbed(request, tmp_path_factory):
+    """The settings of a run, and what it ends with when it is left alone."""
+    folder, settings = tmp_path_factory.mktemp("undisturbed"), {**LONG, "precision": request.param}
+    assert exit_codes(start(folder, settings)) == [0]
+    return settings, outcome(tiny_config(folder).folder)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kills, precision", [(10, "fp32"), (3, "bf16")])
-def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(tmp_path, kills, precision):
-    settings = {**LONG, "precision": precision}
-    undisturbed = start(tmp_path, {**settings, "name": "whole"})
-    undisturbed.join(120)
-    figures = kill_again_and_again(tmp_path, kills, {**settings, "name": "killed"}, seed=kills)
-    assert figures["kills"] == kills
-    assert_same(outcome(tmp_path / "runs" / "killed"), outcome(tmp_path / "runs" / "whole"))
+def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(tmp_path, undisturbed):
+    settings, expected = undisturbed
+    times = 10 if settings["precision"] == "fp32" else 3
+    figures = interrupt_again_and_again(tmp_path, times, settings, seed=times)
+    assert figures["times"] == times and figures["while writing a checkpoint"] > 0
+    assert_same(outcome(tiny_config(tmp_path).folder), expected)
+
+
+@pytest.mark.slow
+def test_a_run_terminated_at_random_moments_ends_as_an_undisturbed_one(tmp_path, undisturbed):
+    settings, expected = undisturbed
+    figures = interrupt_again_and_again(tmp_path, 3, settings, seed=0, kind=signal.SIGTERM)
+    assert figures == {"times": 3, "while writing a checkpoint": 0, "steps repeated": 0}
+    assert_same(outcome(tiny_config(tmp_path).folder), expected)
 
 
 class PowerCut(BaseException):
@@ -131,7 +142,7 @@ def test_what_is_written_is_on_the_disk_before_it_takes_its_place(tmp_path, monk
         fsync(descriptor)
 
     def watched_rename(source, target):
-        if source.name == "best.unfinished":
+        if source.name == ".best.unfinished":
             moved.append({path.stat().st_ino for path in (source, *source.iterdir())} <= synced)
         return rename(source, target)
 
@@ -249,25 +260,30 @@ def test_a_run_that_cannot_be_begun_says_why_at_once(tmp_path):
 
 @pytest.mark.slow
 def test_only_one_process_writes_to_a_run(tmp_path):
-    settings = {**LONG, "steps": 100_000}
-    config = tiny_config(tmp_path, **settings)
-    first = start(tmp_path, settings)
-    wait_for_step(config.folder, 4, first)
+    config, gate = tiny_config(tmp_path, **LONG), Gate(step=4)
+    first = start(tmp_path, LONG, on_log=gate.hold)
+    gate.wait(first)
     with pytest.raises(RuntimeError, match="another process is writing to the run 'tiny'; wait for it or stop it"):
         train(*tiny_diffusion(), config, on_log=lambda *_: pytest.fail("two processes write to one run"))
     first.terminate()  # SIGTERM: it ends its step and writes a checkpoint
-    first.join(60)
-    assert first.exitcode == 0 and "run it again to continue" in (tmp_path / "messages-0").read_text()
-    reached = last_step(config.folder)
-    assert checkpoint.step_of(RunFolder(config.folder).checkpoints()[-1]) >= reached > 0
-    stopped_at(reached, config)  # the folder is free again
+    gate.open()
+    assert exit_codes(first) == [0] and "run it again to continue" in (tmp_path / "messages-0").read_text()
+    assert checkpoint.step_of(RunFolder(config.folder).checkpoints()[-1]) == last_step(config.folder) == 4
+    stopped_at(4, config)  # the folder is free again
 
 
 TRAINING_CELL = """
+import time
 from pathlib import Path
 from dalm_utils import train
 from tests.helpers import tiny_config, tiny_diffusion
-history = train(*tiny_diffusion(), tiny_config(Path({folder!r}), steps=100_000, log_every=1))
+folder = Path({folder!r})
+def hold(history, config):
+    if history.last("step") == {step}:
+        print("held", flush=True)
+        while not (folder / "pressed at {step}").exists():
+            time.sleep(0.01)
+history = train(*tiny_diffusion(), tiny_config(folder, steps=100, log_every=1), on_log=hold)
 print("the curve has", len(history.records), "records")
 """
 
@@ -275,22 +291,28 @@ print("the curve has", len(history.records), "records")
 @pytest.mark.slow
 def test_the_stop_button_ends_a_cell_cleanly_and_it_goes_on_when_run_again(tmp_path):
     """A real kernel, interrupted twice in the same cell."""
-    config = tiny_config(tmp_path, steps=100_000, log_every=1)
-    manager, client = start_new_kernel(cwd=str(PROJECT))
+    config = tiny_config(tmp_path, steps=100, log_every=1)
+    manager = KernelManager(transport="ipc")  # sockets without a port that another program may take first
+    manager.start_kernel(cwd=str(PROJECT))
+    client = manager.blocking_client()
+    client.start_channels()
     try:
-        reached = 0
-        for _ in range(2):
-            client.execute(TRAINING_CELL.format(folder=str(tmp_path)))
-            wait_for_step(config.folder, reached + 5)
-            manager.interrupt_kernel()
-            assert client.get_shell_msg(timeout=60)["content"]["status"] == "ok"
-            stopped = last_step(config.folder)
-            assert stopped > reached and is_whole(config.folder / f"step-{stopped:06d}")
-            wanted = (f"stopped at step {stopped} of 100000; run it again to continue", f"curve has {stopped} records")
+        client.wait_for_ready(timeout=PATIENCE)
+        for step in (5, 9):
             said = ""  # on two streams, in any order
-            while not all(words in said for words in wanted):
-                said += client.get_iopub_msg(timeout=60)["content"].get("text", "")
-            reached = stopped
+
+            def heard(*words):
+                nonlocal said
+                while not all(part in said for part in words):
+                    said += client.get_iopub_msg(timeout=PATIENCE)["content"].get("text", "")
+
+            client.execute(TRAINING_CELL.format(folder=str(tmp_path), step=step))
+            heard("held")
+            manager.interrupt_kernel()
+            (tmp_path / f"pressed at {step}").touch()
+            assert client.get_shell_msg(timeout=PATIENCE)["content"]["status"] == "ok"
+            heard(f"stopped at step {step} of 100; run it again to continue", f"curve has {step} records")
+            assert last_step(config.folder) == step and is_whole(config.folder / f"step-{step:06d}")
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
@@ -353,10 +375,12 @@ def main() -> None:
     kills = parser.parse_args().kills
     settings = {**LONG, "steps": 6 * kills, "anneal_steps": 3 * kills}
     with tempfile.TemporaryDirectory() as folder:
-        undisturbed = start(Path(folder), {**settings, "name": "whole"})
-        undisturbed.join()
-        figures = kill_again_and_again(Path(folder), kills, {**settings, "name": "killed"}, seed=0)
-        assert_same(outcome(Path(folder) / "runs" / "killed"), outcome(Path(folder) / "runs" / "whole"))
+        alone, killed = Path(folder) / "alone", Path(folder) / "killed"
+        for path in (alone, killed):
+            path.mkdir()
+        start(alone, settings).join()
+        figures = interrupt_again_and_again(killed, kills, settings, seed=0)
+        assert_same(*(outcome(tiny_config(path).folder) for path in (killed, alone)))
     print(f"{settings['steps']} steps: {figures}; history and weights equal the undisturbed run's")
 
 

@@ -105,7 +105,7 @@ def test_a_rollback_captures_again(tmp_path, replays):
 
 def test_the_inputs_are_filled_before_each_replay(tmp_path, monkeypatch):
     seen, filled = [], []
-    replayed = cuda_graph.ReplayedStep(lambda parts, mask, taught: seen.append(parts[0].noised.sum().item()),
+    replayed = cuda_graph.ReplayedStep(lambda parts, mask, with_teacher: seen.append(parts[0].noised.sum().item()),
                                        lambda: None, torch.device("cpu"))  # fmt: skip
     monkeypatch.setattr(cuda_graph, "capture", lambda compute: compute)
     model, tokenizer = tiny_diffusion()

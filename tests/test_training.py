@@ -1,7 +1,8 @@
+import itertools
 import json
 import os
+import re
 import signal
-import time
 
 import pytest
 import torch
@@ -60,12 +61,17 @@ def test_training_lowers_loss_and_nelbo_and_leaves_what_it_promises(tmp_path):
     assert again == pytest.approx(now, rel=1e-5)  # the last evaluation was the best
 
 
-def test_progress_is_drawn_by_the_second_and_not_by_the_step(tmp_path, capsys):
-    began = time.monotonic()
-    train(*tiny_diffusion(), tiny_config(tmp_path, steps=100, eval_every=100, save_every=100))
-    seconds, shown = time.monotonic() - began, capsys.readouterr().err
-    assert "100/100" in shown and "nelbo=" in shown  # the last drawing has all
-    assert shown.count("\r") < 6 + 2 * seconds
+def test_progress_is_drawn_by_the_second_and_not_by_the_step(tmp_path, capsys, monkeypatch):
+    def drawings(seconds_between_looks):
+        clock = itertools.count(0, seconds_between_looks)
+        monkeypatch.setattr("tqdm.std.time", lambda: next(clock))
+        train(*tiny_diffusion(), tiny_config(tmp_path, steps=100, eval_every=100, save_every=100), resume="never")
+        shown = capsys.readouterr().err
+        assert "100/100" in shown and "nelbo=" in shown  # the last drawing has all
+        return len(re.findall(r"\d/100 ", shown))
+
+    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)  # a thread that draws by the clock of the machine
+    assert drawings(0) <= 4 and drawings(2) >= 100
 
 
 def test_the_loss_does_not_depend_on_how_a_batch_is_split(tmp_path):
@@ -116,11 +122,31 @@ def test_the_teacher_fades_and_a_model_from_scratch_has_none(tmp_path, monkeypat
     model, tokenizer = build(config)
     train(model, tokenizer, config)
     assert [share for _, share in asked] == pytest.approx(shares)
-    base, teacher = load_base(config.base)[0], asked[-1][0]
+    base, teacher = load_base(config.base)[0], asked[0][0]
     assert teacher is not model and all(map(torch.equal, teacher.parameters(), base.parameters()))
     assert not teacher.training and not any(weight.requires_grad for weight in teacher.parameters())
     train(*build(config.replace(scratch=True)), config.replace(name="scratch", scratch=True))
-    assert asked[-1][0] is None
+    assert asked[-1] == (None, 0.0)
+
+
+def test_a_resumed_run_keeps_the_weight_that_was_fitted_to_its_text(tmp_path, monkeypatch, capsys):
+    config = tiny_config(tmp_path, base=tiny_base(tmp_path), distill=4.0, distill_fit=True)
+    monkeypatch.setattr("dalm_utils.run.fit_teacher_weight", lambda teacher, train, held_out, largest: largest / 8)
+    with opened(*tiny_diffusion(), config) as run:
+        assert run.distill == 0.5 and run._teacher_weight() == pytest.approx(1 / 3)
+        assert "distill=0.5 instead of 4" in capsys.readouterr().err
+        run.step = 3
+        run.save()
+    monkeypatch.setattr("dalm_utils.run.fit_teacher_weight", lambda *_: pytest.fail("it was chosen before"))
+    with opened(*tiny_diffusion(), config) as run:
+        assert run.distill == 0.5
+
+
+def test_a_random_teacher_is_not_imitated(tmp_path, capsys):
+    config = tiny_config(tmp_path, base=tiny_base(tmp_path), distill=4.0, distill_fit=True)
+    with opened(*tiny_diffusion(), config) as run:
+        assert run.distill < 0.1
+    assert "predicts too little that token frequencies do not" in capsys.readouterr().err
 
 
 def test_a_teacher_with_other_tokens_or_a_mask_is_refused(tmp_path):
@@ -130,7 +156,7 @@ def test_a_teacher_with_other_tokens_or_a_mask_is_refused(tmp_path):
     ):
         train(*tiny_diffusion(), config)
     save_diffusion(*tiny_diffusion(), tmp_path / "diffusion")
-    with pytest.raises(ValueError, match="is none or has other tokens"):
+    with pytest.raises(ValueError, match="is a diffusion model or has other tokens"):
         train(*tiny_diffusion(), config.replace(base=str(tmp_path / "diffusion")))
 
 

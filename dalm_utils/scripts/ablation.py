@@ -31,7 +31,7 @@ from ..training import train_arms
 RECORDED = PROJECT / "notebooks" / "recorded"
 PAIR = ("shift", "no-shift")
 SQUARE = ("shift", "shift-sudden", "no-shift", "no-shift-sudden", "scratch")
-PLANS = {  # groups of runs: (arms, optimizer steps, seed)
+PLANS: dict[str, list[tuple]] = {  # groups of runs: (arms, optimizer steps, seed)
     "laptop": [
         *((SQUARE, 360, seed) for seed in (0, 1, 2)),
         *((PAIR, steps, seed) for steps in (90, 180) for seed in (0, 1, 2)),
@@ -45,7 +45,7 @@ PROMPT = dict(prompt="Return the", length=40, steps=40, top_p=0.9, seed=4)  # wh
 
 def arms(config: RunConfig, names: tuple[str, ...] = PAIR) -> dict[str, RunConfig]:
     """The arms of an ablation of one run: with and without the shift, with and without annealing, from scratch."""
-    changes = {
+    changes: dict[str, dict] = {
         "shift": {},
         "shift-sudden": dict(anneal_steps=1),
         "no-shift": dict(shift=False),
@@ -75,6 +75,7 @@ def record(config: RunConfig, plan: list[tuple], path: Path) -> None:
     about = None
     for names, steps, seed in plan:
         group = budget(config, steps, seed)
+        assert group.train_blocks is not None  # as every profile of notebook 2 says
         steps = group.train_blocks // group.batch
         if any((run["steps"], run["seed"]) == (steps, seed) for run in done):
             continue

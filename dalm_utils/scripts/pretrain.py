@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import torch
@@ -47,7 +48,8 @@ AR = RunConfig(
 )  # fmt: skip
 HOUR_OF_STEPS = 4_500
 MATHEMATICS = dict(steps=2_500, warmup_steps=100, compile=False)
-LONG = dict(  # the base teaches first and then no more: it cannot see to the right of a gap, and the student has to
+# The base teaches first and then no more: it cannot see to the right of a gap, and the student has to.
+LONG: dict[str, Any] = dict(
     batch=16, learning_rate=2e-3, steps=7_000, warmup_steps=200, anneal_steps=250, distill_steps=1_000, eval_every=500,
     save_every=250, sample_every=0, compile=True,
 )  # fmt: skip
@@ -96,7 +98,7 @@ def make_base(config: RunConfig, fresh: Callable[..., PreTrainedModel] = fresh_g
 def ship(config: RunConfig) -> Path:
     """Put a run's best checkpoint into checkpoints/base, in half precision, with its provenance and history."""
     history = History.load(config.folder / "history.jsonl")
-    if (history.last("step") or 0) < config.steps:
+    if config.steps is None or (history.last("step") or 0) < config.steps:
         raise SystemExit("not finished; the same command continues")
     model, tokenizer = load_base(str(config.folder / "best"), hub="local")
     model = model.half().float()  # what ships is in half precision: measure that
@@ -125,7 +127,7 @@ def ship(config: RunConfig) -> Path:
     folder = BASES / config.name
     save_diffusion(model.half(), tokenizer, folder)
     (folder / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
-    shutil.copy(history.path, folder / "history.jsonl")
+    shutil.copy(config.folder / "history.jsonl", folder / "history.jsonl")
     return folder
 
 

@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from dalm_utils import as_diffusion, generate
-from dalm_utils.backbone import autocast
+from dalm_utils.machine import autocast
 from dalm_utils.sampling import ORDERS
 from tests.benchmarks import finish, in_turns, machine, options
 

@@ -1,36 +1,46 @@
-"""One training step of ours beside the plain loops: tokens per second, peak memory, and the share of the machine used.
+"""One training step of ours beside plain loops: tokens per second, peak memory, and the fraction of the machine used.
 
-    ours      masked positions only, fused GELU and AdamW, memory kept, no dropout, the processor's own precision
+    ours      `TrainStep`, as a run takes it: masked positions only, fused GELU and AdamW, no dropout; on a GPU replayed
+              as a CUDA graph
+    eager     the same, one kernel at a time (on a GPU only; elsewhere it is what ours does)
     plain     every position's logits, a dense mask for each sequence, the same precision, no dropout
     released  plain with dropout 0.1, on a CPU in float32, as the authors' release would run on this machine
     ar        ordinary AR finetuning through transformers' own loss, in our precision
 
-Each way has fresh processes of its own, in turns. Where there is a GPU, it is the GPU that is measured.
+Each way runs in processes of its own, in turns. Where there is a GPU, the GPU is measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dalm_utils import annealed_mask, corrupt, diffusion_loss, sample_times
-from dalm_utils.backbone import DTYPES, autocast, fuse_gelu, keep_memory, pick_device, pick_precision
-from dalm_utils.run import send
+from dalm_utils import RunConfig, annealed_mask, corrupt, sample_times
+from dalm_utils.backbone import fuse_gelu
+from dalm_utils.corpus import Blocks
+from dalm_utils.machine import DTYPES, autocast, keep_memory, pick_device, pick_precision
+from dalm_utils.processes import make_accelerator
+from dalm_utils.step import TrainStep
+from dalm_utils.tasks import MaskedDiffusion
 from tests.benchmarks import finish, in_turns, machine
 
 DEVICE = pick_device()
 STEPS = {"cpu": 1, "cuda": 20}  # timed together: a GPU works on one while the next is prepared
-WAYS = ("ours", "plain", "released", "ar")
+WAYS = ("ours", "eager", "plain", "released", "ar") if DEVICE.type == "cuda" else ("ours", "plain", "released", "ar")
+WARM_UP = 8  # steps before the clock starts: kernels are loaded, and a CUDA graph is captured
 
 
 def make(size: str, dropout: float, positions: int, vocab: int | None = None) -> PreTrainedModel:
@@ -58,6 +68,17 @@ def make(size: str, dropout: float, positions: int, vocab: int | None = None) ->
     return model.train()
 
 
+class RandomTokens(MaskedDiffusion):
+    """The task of a run, on random tokens and under a mask that stays half open."""
+
+    def load(self) -> None:
+        tokens = np.random.default_rng(0).integers(1, self.model.config.mask_token_id, size=64 * self.config.length)
+        self.train = Blocks(tokens, self.config.length, begin=0)
+
+    def ratio(self, step: int) -> float:
+        return 0.5
+
+
 def stepper(
     way: str,
     size: str,
@@ -67,56 +88,61 @@ def stepper(
     accumulate: int = 1,
     precision: str = "auto",
 ) -> Callable[[], None]:
-    """A function that takes one whole training step, the noise included."""
-    model = make(size, 0.1 if way == "released" else 0.0, length, vocab).to(DEVICE)
-    if way == "ours":  # what `load_base` does
-        if DEVICE.type == "cpu":
-            keep_memory()
-        model = fuse_gelu(model)
+    """A function that takes one whole training step, including the noise."""
+    model = make(size, 0.1 if way == "released" else 0.0, length, vocab)
     if way == "released" and DEVICE.type == "cpu":
         precision = "fp32"
     precision = pick_precision(precision, DEVICE)
-    scaler = torch.amp.GradScaler(DEVICE.type, enabled=precision == "fp16")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=way == "ours")
-    mask_id = model.config.mask_token_id
-    dtype = DTYPES[precision]
-    tokens = torch.randint(mask_id, (batch, length))
-    there = tokens.to(DEVICE)
-    model.config.is_causal = way == "ar"
+    if way in ("ours", "eager"):
+        step = our_step(model, batch, length, accumulate, precision, cuda_graph=way == "ours")
+    else:
+        step = plain_step(model.to(DEVICE), way, batch, length, accumulate, precision)
+    step.model = model
+    step.work = accumulate * work(model, batch, length)
+    return step
 
-    def ours() -> torch.Tensor:  # drawn on the CPU, the same everywhere, and sent
-        times = sample_times(batch)
-        noised, masked = corrupt(tokens, times, mask_id)
-        open_half = send(annealed_mask(length, 0.5, dtype=dtype), DEVICE)
-        parts = (send(part, DEVICE) for part in (tokens, noised, masked, times))
-        return diffusion_loss(model, *parts, attention_mask=open_half, num_masked=int(masked.sum())).loss
+
+def our_step(model, batch: int, length: int, accumulate: int, precision: str, cuda_graph: bool) -> Callable[[], None]:
+    """`TrainStep` on a model as `load_base` returns it."""
+    if DEVICE.type == "cpu":
+        keep_memory()
+    config = RunConfig(
+        base="none", batch=batch, length=length, accumulate=accumulate, device=DEVICE.type, precision=precision,
+        cuda_graph=cuda_graph,
+    )  # fmt: skip
+    task = RandomTokens(fuse_gelu(model), None, config)
+    train_step, steps = TrainStep(task, config, make_accelerator(config), precision, None), itertools.count()
+    return lambda: train_step(next(steps), 1e-5, 0.0)
+
+
+def plain_step(model, way: str, batch: int, length: int, accumulate: int, precision: str) -> Callable[[], None]:
+    """A loop as it is usually written."""
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=precision == "fp16")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    mask_id, dtype = model.config.mask_token_id, DTYPES[precision]
+    tokens = torch.randint(mask_id, (batch, length)).to(DEVICE)
+    model.config.is_causal = way == "ar"
 
     def plain() -> torch.Tensor:
         times = sample_times(batch, method="uniform", device=DEVICE)
-        noised, masked = corrupt(there, times, mask_id)
+        noised, masked = corrupt(tokens, times, mask_id)
         mask = annealed_mask(length, 0.5, device=DEVICE).expand(batch, 1, length, length).contiguous()
         positions = torch.arange(length, device=DEVICE)[None]
         logits = model(noised, attention_mask=mask.to(dtype), position_ids=positions, use_cache=False).logits
-        nll = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), there[:, 1:].flatten(), reduction="none")
+        nll = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
         return (nll.view(batch, -1) * masked[:, 1:] / times[:, None]).sum() / masked[:, 1:].numel()
-
-    def ar() -> torch.Tensor:
-        return model(there, labels=there, use_cache=False).loss
-
-    loss_of = {"ours": ours, "ar": ar}.get(way, plain)
 
     def step() -> None:
         for _ in range(accumulate):
             with autocast(DEVICE, precision):
-                loss = loss_of() / accumulate
-            scaler.scale(loss).backward()
+                loss = model(tokens, labels=tokens, use_cache=False).loss if way == "ar" else plain()
+            scaler.scale(loss / accumulate).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
 
-    step.work = accumulate * work(model, batch, length)
     return step
 
 
@@ -143,6 +169,24 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def measure(step: Callable[[], None], rounds: int) -> dict[str, float]:
+    """Of one step, in this process: seconds, seconds in which the host enqueues it, kernel launches, and peak GiB."""
+    for _ in range(WARM_UP if DEVICE.type == "cuda" else 0):
+        step()
+    together = STEPS[DEVICE.type]
+    seconds = in_turns({"steps": lambda: [step() for _ in range(together)]}, rounds)["steps"] / together
+    if DEVICE.type != "cuda":
+        return {"seconds": seconds, "host": seconds, "launches": 0, "gib": peak()}
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    step()
+    host = time.perf_counter() - begun
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    calls = (event for event in profile.events() if event.name.startswith(("cudaLaunchKernel", "cudaGraphLaunch")))
+    return {"seconds": seconds, "host": host, "launches": len(list(calls)), "gib": peak()}
+
+
 def alone(way: str, size: str, **numbers: int | str) -> dict[str, float]:
     """A fresh process that takes a few steps: median seconds of one, and its peak memory in GiB."""
     command = [sys.executable, "-m", "tests.benchmarks.train_step", "--only", way, "--sizes", size]
@@ -165,9 +209,7 @@ def main() -> None:
     if asked.only:
         numbers = (asked.batch, asked.length, asked.vocab, asked.accumulate, asked.precision)
         step = stepper(asked.only, asked.sizes[0], *numbers)
-        together = STEPS[DEVICE.type]
-        seconds = in_turns({"steps": lambda: [step() for _ in range(together)]}, asked.rounds)["steps"] / together
-        print(json.dumps({"seconds": seconds, "gib": peak(), "work": step.work}))
+        print(json.dumps(measure(step, asked.rounds) | {"work": step.work, "gemm": gemm_rate(asked.precision)}))
         return
 
     print(machine())

@@ -1,0 +1,101 @@
+"""How much of the training target a frozen AR base deserves on a text that it may not know.
+
+A base that was trained on such text predicts tokens far better than their frequencies do, and most of the target may
+be its prediction. One that was not is confidently wrong, and a model that imitates it has to unlearn that later.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .annealing import annealed_mask
+from .corpus import Blocks
+from .objective import default_maskable, diffusion_loss
+
+UNIGRAM_BLOCKS = 2_000  # training blocks that are counted for token frequencies, at most
+MAX_LOG_RATIO = 50.0  # nats; beyond it a ratio of probabilities changes no digit of the answer and may overflow
+
+
+@torch.no_grad()
+def fit_teacher_weight(teacher: nn.Module, train: Blocks, held_out: Blocks, largest: float, batch: int = 32) -> float:
+    """`choose_teacher_weight` for a text: a few seconds, for the teacher's pass over the held-out blocks.
+
+    Args:
+        teacher: an AR model, which runs in its weights' dtype.
+        train, held_out: blocks of the text.
+    """
+    blocks = held_out[list(range(len(held_out)))]  # [N, L]
+    counted = train[list(range(0, len(train), -(-len(train) // UNIGRAM_BLOCKS)))][:, 1:]
+    causal = annealed_mask(blocks.shape[1], 0.0, dtype=teacher.dtype, device=teacher.device)
+    nll = []
+    for tokens in blocks.to(teacher.device).split(batch):
+        everything, ones = default_maskable(tokens), torch.ones(len(tokens), device=tokens.device)
+        nll.append(diffusion_loss(teacher, tokens, tokens, everything, ones, attention_mask=causal).token_nll.cpu())
+    vocab = 1 + int(max(blocks.max(), counted.max()))
+    frequencies = unigram_nll(counted, blocks[:, 1:].flatten(), vocab)
+    return choose_teacher_weight(torch.cat(nll), frequencies, largest)
+
+
+def unigram_nll(train_tokens: Tensor, held_out: Tensor, vocab_size: int) -> Tensor:
+    """-log p of each held-out token under the add-one-smoothed frequencies of the training tokens, in nats.
+
+    Args:
+        train_tokens, held_out: token ids below `vocab_size`, integers of any shape.
+
+    Returns:
+        float64, of the shape of `held_out`.
+    """
+    counts = torch.bincount(train_tokens.flatten(), minlength=vocab_size).double() + 1
+    return -(counts / counts.sum()).log()[held_out]
+
+
+def choose_teacher_weight(teacher_nll: Tensor, unigram_nll: Tensor, largest: float) -> float:
+    """The weight of the teacher's prediction in the training target, beside the token's 1, for one text.
+
+    Mix the teacher with a model that knows token frequencies and nothing else, and take the teacher's fraction of the
+    mixture that makes held-out tokens most likely (linear interpolation with held-out estimation, Jelinek and Mercer,
+    1980):
+
+        fraction = argmax over s in [0, largest / (1 + largest)] of
+                   mean over tokens of log(s * p_teacher(token) + (1 - s) * p_unigram(token))
+        weight = fraction / (1 - fraction)
+
+    The objective is concave in s, so the maximum is where its slope changes sign, or at an end of the interval.
+
+    Args:
+        teacher_nll: -log p of each held-out token given the tokens before it, in nats, any shape.
+        unigram_nll: the same tokens under their frequencies in the training split, see `unigram_nll`.
+        largest: the weight for a teacher that needs no such help.
+
+    Returns:
+        a weight in [0, largest].
+
+    Raises:
+        ValueError: no tokens, unequal numbers of them, an NLL that is not finite, or a `largest` that is negative or
+            not finite.
+    """
+    if not 0 <= largest < float("inf"):
+        raise ValueError(f"largest must be finite and not negative, got {largest}")
+    if teacher_nll.shape != unigram_nll.shape or not teacher_nll.numel():
+        raise ValueError(
+            "need the NLLs of the same held-out tokens, at least one, "
+            f"got shapes {tuple(teacher_nll.shape)} and {tuple(unigram_nll.shape)}"
+        )
+    log_ratio = unigram_nll.double() - teacher_nll.double().to(unigram_nll.device)
+    if not log_ratio.isfinite().all():
+        raise ValueError("an NLL of a held-out token is infinite or NaN; check the teacher's weights and precision")
+    gain = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).expm1()  # p_teacher / p_unigram - 1
+
+    def slope(fraction: float) -> float:
+        return (gain / (1 + fraction * gain)).mean().item()
+
+    low, high = 0.0, largest / (1 + largest)
+    if slope(high) >= 0:
+        return largest
+    if slope(low) <= 0:
+        return 0.0
+    for _ in range(50):  # to the last digits of a float64
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) > 0 else (low, middle)
+    return low / (1 - low)
