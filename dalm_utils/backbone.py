@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Cache,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -133,10 +134,23 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 
 
 # -------------------------------------------------------------------------------------------------- ask
-def hidden_states(model: nn.Module, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """The last hidden states `[B, L, D]` of a stock causal LM, without running its head."""
-    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # OPT needs them beside a 4D mask
-    output = model.base_model(tokens, attention_mask=attention_mask, position_ids=positions, use_cache=False)
+def hidden_states(
+    model: nn.Module,
+    tokens: Tensor,
+    attention_mask: Tensor | None = None,
+    positions: Tensor | None = None,
+    cache: Cache | None = None,
+) -> Tensor:
+    """The last hidden states `[B, L, D]` of a stock causal LM, without running its head.
+
+    Args:
+        positions: `[B, L]` long; None counts from 0.
+        cache: takes the keys and values of `tokens`, and gives those that they attend to.
+    """
+    if positions is None:  # OPT needs them beside a 4D mask
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    caching = dict(use_cache=False) if cache is None else dict(use_cache=True, past_key_values=cache)
+    output = model.base_model(tokens, attention_mask=attention_mask, position_ids=positions, **caching)
     return output.last_hidden_state
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -121,7 +121,7 @@ def documents(source: str, field: str = "text", skips: Skips | None = None) -> I
             skips.add(place, error)
 
 
-def _open(source: str, field: str) -> tuple[Iterator[tuple[str, int, object]], Callable[[object], str]]:
+def _open(source: str, field: str) -> tuple[Iterator[tuple[str, int, Any]], Callable[[Any], str]]:
     """The records of a source as (place, bytes, raw), and the function that makes a raw one a text."""
     wanted = arxiv.ArxivSet.parse(source)
     if wanted:
