@@ -5,10 +5,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dalm_utils import (
     Estimate,
+    Restored,
+    annealed_mask,
     ar_nll,
+    by_time,
     continuation_nelbo,
     evaluation,
     load_base,
@@ -21,6 +25,7 @@ from dalm_utils.backbone import encode, hidden_states
 from dalm_utils.corpus import Blocks
 from dalm_utils.evaluation import standard_error
 from dalm_utils.head import logits_of
+from dalm_utils.objective import seeded
 from tests.helpers import TEXTS, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
 from tests.test_documents import write_lines
 
@@ -265,3 +270,68 @@ def test_progress_is_shown_on_request(capsys):
         nelbo(model, tokenizer, blocks, num_samples=1, progress=progress)
         shown = capsys.readouterr()
         assert shown.out == "" and ("scoring" in shown.err) == progress
+
+
+# ------------------------------------------------------------------------------------- by the fraction hidden
+def plain_restored(model, blocks, t, shift, causal):
+    """Block by block, from all logits."""
+    coins = torch.rand(blocks.shape, generator=seeded(0, 0, "by time"))
+    hidden = (coins < t) & (torch.arange(blocks.shape[1]) > 0)
+    mask_id = getattr(model.config, "mask_token_id", None)
+    read = blocks if mask_id is None else torch.where(hidden, mask_id, blocks)
+    options = dict(attention_mask=annealed_mask(blocks.shape[1], 0.0)) if causal else {}
+    logits = model(read, **options).logits.detach()
+    if mask_id is not None:
+        logits[..., mask_id] = -torch.inf
+    nll, right = [], []
+    for row, (block, gone) in enumerate(zip(blocks, hidden, strict=True)):
+        places = gone.nonzero()[:, 0]
+        at = logits[row, places - int(shift)]
+        nll.append(F.cross_entropy(at, block[places]).item())
+        right.append((at.argmax(-1) == block[places]).double().mean().item())
+    return nll, right
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_restoration_by_time_equals_a_plain_computation(shift):
+    model, tokenizer = tiny_diffusion(shift=shift)
+    blocks = torch.randint(1, 300, (5, 16), generator=torch.Generator().manual_seed(0))
+    blocks[:, 0] = 0
+    found = by_time(model, tokenizer, blocks, times=(0.3, 1.0), batch_size=2, precision="fp32")
+    for index, t in enumerate((0.3, 1.0)):
+        nll, right = plain_restored(model, blocks, t, shift, causal=False)
+        assert found.nll[index] == pytest.approx(nll, rel=1e-4, nan_ok=True)
+        assert found.accuracy[index] == pytest.approx(right, nan_ok=True)
+
+
+def test_an_ar_model_is_scored_on_the_same_hidden_tokens_from_the_left():
+    model, tokenizer = tiny_model(vocab=320), tiny_tokenizer()
+    blocks = torch.randint(1, 300, (5, 16), generator=torch.Generator().manual_seed(0))
+    found = by_time(model, tokenizer, blocks, times=(0.5,), precision="fp32")
+    nll, right = plain_restored(model, blocks, 0.5, shift=True, causal=True)
+    assert found.nll[0] == pytest.approx(nll, rel=1e-4) and found.accuracy[0] == pytest.approx(right)
+    later = blocks.clone()
+    later[:, -1] = 7  # a change at the end reaches the predictions of the last token alone
+    changed = by_time(model, tokenizer, later, times=(0.5,), precision="fp32")
+    last = torch.rand(blocks.shape, generator=seeded(0, 0, "by time"))[:, -1] < 0.5
+    assert (found.nll[0][~last.numpy()] == changed.nll[0][~last.numpy()]).all()
+
+
+def test_restoration_has_paired_errors_that_ignore_blocks_without_a_hidden_token():
+    rng = np.random.default_rng(0)
+    nll = rng.random((1, 50))
+    one = Restored((0.1,), nll, nll.copy())
+    two = Restored((0.1,), nll + 0.25, nll.copy())
+    one.nll[0, 3] = np.nan
+    mean, error = two.difference(one, "nll")
+    assert mean[0] == pytest.approx(0.25) and error[0] == pytest.approx(0, abs=1e-12)
+    mean, error = one.mean("nll")
+    kept = np.delete(nll[0], 3)
+    assert mean[0] == pytest.approx(kept.mean()) and error[0] == pytest.approx(kept.std(ddof=1) / 49**0.5)
+
+
+@pytest.mark.parametrize("times", [(), (0.0,), (1.1,), (float("nan"),)])
+def test_times_that_are_no_probabilities_are_refused(times):
+    model, tokenizer = tiny_diffusion()
+    with pytest.raises(ValueError, match="times are probabilities above 0 and at most 1"):
+        by_time(model, tokenizer, torch.ones(2, 8, dtype=torch.long), times=times)
