@@ -17,11 +17,15 @@ from .objective import Batch
 WARM_UP = 3  # eager steps before a capture: libraries allocate workspaces and choose kernels in them
 
 
-def capture(compute: Callable[[], None]) -> Callable[[], None]:
-    """Record what `compute` does on the current CUDA device, without doing it; the result does it."""
+def capture(compute: Callable[[], None], pool) -> Callable[[], None]:
+    """Record what `compute` does on the current CUDA device, without doing it; the result does it.
+
+    Args:
+        pool: memory that graphs share. None of ours leaves anything in it that the next one needs.
+    """
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         compute()
     return graph.replay
 
@@ -49,6 +53,7 @@ class ReplayedStep:
         self.graphs: dict[tuple, Callable[[], None]] = {}
         self.inputs: dict[tuple, tuple[list[Batch], Tensor | None, bool]] = {}
         self.calls: Counter = Counter()
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     def __call__(self, parts: list[Batch], mask: Tensor | None, with_teacher: bool) -> None:
         """Take one step on these host tensors; they are copied while the device still works on the step before."""
@@ -88,7 +93,7 @@ class ReplayedStep:
 
     def _capture(self, key: tuple, inputs: tuple) -> None:
         try:
-            self.graphs[key] = capture(lambda: self.compute(*inputs))
+            self.graphs[key] = capture(lambda: self.compute(*inputs), self.pool)
         except Exception as error:  # whatever the model, the driver or torch does not allow in a capture
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             print(f"the step cannot be captured as a CUDA graph and runs eagerly: {reason}", file=sys.stderr)
