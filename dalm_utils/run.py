@@ -149,16 +149,16 @@ class Run:
             said += [f"{config.name}: resuming from step {self.step} of {self.total}"]
         if self.distill < 0.99 * config.distill and self.train_step.teacher is not None:
             said += [
-                f"distill={self.distill:.3g} instead of {config.distill:g}: of this text the base {config.base!r} "
-                "predicts too little that token frequencies do not; distill_fit=false forces the weight"
+                f"distill lowered from {config.distill:g} to {self.distill:.3g}: on this text the base {config.base!r} "
+                f"predicts little better than token frequencies; distill_fit=false keeps {config.distill:g}"
             ]
         if self.task.anneals and config.anneal_steps > self.total:
             said += [
                 f"anneal_steps={config.anneal_steps} is longer than the run of {self.total} steps: its mask will be "
-                f"{self.task.ratio(self.total - 1):.0%} open at the end; to open it fully, lower anneal_steps"
+                f"only {self.task.ratio(self.total - 1):.0%} open at the end; to open it fully, lower anneal_steps"
             ]
         if config.warmup_steps >= self.total:
-            said += [f"warmup_steps={config.warmup_steps} fills the run of {self.total} steps; lower warmup_steps"]
+            said += [f"warmup_steps={config.warmup_steps} leaves no step after the warm-up in a run of {self.total}"]
         if self.is_main and said:
             tqdm.write("\n".join(said), file=sys.stderr)
 
@@ -205,7 +205,7 @@ class Run:
         if record:
             self._record(record)
         if self.is_done and self.step < self.total:
-            self._record({"event": f"finished: no better NELBO in {self.stale} evaluations"})
+            self._record({"event": f"finished: no better {self.task.metric.upper()} in {self.stale} evaluations"})
         if self.is_done or (save and self.watch.is_calm(self._saturated())):
             self.save()
         return bool(record)
@@ -258,8 +258,9 @@ class Run:
             score = self.task.score(self.precision)
         score = on_main(self.accelerator, lambda: score)  # all processes must agree on what is best
         if not math.isfinite(score.mean):
-            since = self.step - self.watch.skipped_in_a_row() + 1
-            return {}, f"the held-out {self.task.metric.upper()} is not finite (no gradient was, from step {since} on)"
+            skipped = self.watch.skipped_in_a_row()
+            since = f"; from step {self.step - skipped + 1} on, every step was skipped" if skipped else ""
+            return {}, f"the held-out {self.task.metric.upper()} is not finite{since}"
         if score.mean < self.best:
             self.stale = 0
             if self._write("best", self._model_writer()):
@@ -301,7 +302,7 @@ class Run:
         state = {name: getattr(self, name) for name in COUNTERS}
         state["window_loss"] = accelerator.reduce(train_step.loss, "mean").item()
         state["watch"] = self.watch.state()
-        state["watch"]["saturated"] = accelerator.reduce(self.watch.values["saturated"], "mean").item()
+        state["watch"]["saturated"] = self._saturated()
         state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
 
         def fill(folder: Path) -> None:
@@ -337,11 +338,12 @@ class Run:
         if checkpoint is not None:
             state = json.loads((checkpoint / "state.json").read_text())
             for name in COUNTERS:
-                setattr(self, name, state.get(name, getattr(self, name)))  # older checkpoints lack the last two
+                setattr(self, name, state.get(name, getattr(self, name)))  # older checkpoints lack some
             load_optimizer(self.train_step.module, self.train_step.adamw, checkpoint / "optimizer.pt")
             self.train_step.reset()
             self.train_step.loss.fill_(state["window_loss"])
             self.watch.load(state["watch"])
+            self.watch.values["saturated"].div_(self.accelerator.num_processes)  # its sum over all of them was saved
             if state["scaler"] and self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.saved_step = self.step
@@ -354,8 +356,8 @@ class Run:
         if newest is None or rollbacks > MAX_ROLLBACKS:
             tried = f"after {rollbacks - 1} rollbacks" if self.rollbacks else "before the first checkpoint"
             raise Unstable(
-                f"training is unstable: at step {was}, {tried}, {trouble}. Start it again with a lower learning_rate "
-                "or more warmup_steps, under another `name` or with resume='never' (in a terminal --fresh)"
+                f"training is unstable: at step {was}, {tried}, {trouble}. Start over with a lower learning_rate or "
+                "more warmup_steps, under another `name` or with resume='never' (in a terminal --fresh)"
                 + ("" if newest else "; a smaller save_every leaves a checkpoint to roll back to")
             )
         load_weights(self.train_step.module, self.model, newest / "model.safetensors")
