@@ -329,7 +329,10 @@ def size_of(source: str) -> int | None:
 
 
 # ------------------------------------------------------------------------------------- clean and split
-_ASCII_LETTERS = bytes(byte if chr(byte).isalpha() else ord(" ") for byte in range(128)).ljust(256)
+_ASCII_LETTERS, _ASCII_DIGITS = (  # for bytes.translate: all other characters become spaces
+    bytes(byte if belongs(chr(byte)) else ord(" ") for byte in range(128)).ljust(256)
+    for belongs in (str.isalpha, str.isdigit)
+)
 
 
 @functools.lru_cache(maxsize=1)  # called twice in a row for each document: is it a copy, and which split is it in
@@ -456,5 +459,11 @@ def _content(text: str) -> str:
     count = words.count(" ") + 1
     if count < MIN_WORDS:
         return text
-    numbers = len(re.findall(r"\d+(?:[.,:]\d+)*", text))
-    return words if count >= MIN_WORDS * numbers else " ".join(text.lower().split())
+    return words if count >= MIN_WORDS * _numbers(text) else " ".join(text.lower().split())
+
+
+def _numbers(text: str) -> int:
+    """How many runs of digits it has."""
+    if text.isascii():  # as in `normalise`
+        return len(text.encode().translate(_ASCII_DIGITS).split())
+    return len(re.findall(r"\d+", text))

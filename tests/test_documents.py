@@ -3,6 +3,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -275,6 +276,11 @@ def test_normalising_ascii_quickly_changes_nothing():
     for text in (*TEXTS, everything, everything * 2, r"Let $\alpha_1 \in A$; @xmath0", "", "123"):
         assert module.normalise(text) == module.normalise(f"{text} É").removesuffix("é").rstrip()
     assert module.normalise("Naïve É_tude x2 中文") == "naïve é tude x 中文"
+
+
+def test_numbers_are_counted_in_every_script():
+    for text, count in (("", 0), ("x2 at 12:30, -4.5e3", 6), ("é 12:30 ٣٤ 五", 3), ("".join(map(chr, range(128))), 1)):
+        assert module._numbers(text) == count == len(re.findall(r"\d+", text))
 
 
 def test_copies_and_near_copies_fall_and_what_is_contained_in_another():
