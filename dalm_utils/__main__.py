@@ -116,7 +116,7 @@ def _train(options) -> None:
         check_names({name: text})
         overrides[name] = parse_field(name, text)
     config = load_config(options.notebook, options.profile, **overrides)
-    model, tokenizer = build(config.replace(device="cpu"))  # `train` moves it to this process's own device
+    model, tokenizer = build(config, device="cpu")  # `train` moves it to this process's own device
     history = train(model, tokenizer, config, resume="never" if options.fresh else "auto", on_log=_print_record)
     if not PartialState().is_main_process:
         return
@@ -268,8 +268,9 @@ def _infilling_figures(model, tokenizer, blocks, gap: int) -> dict:
 
 
 def _load_judge(options, model, tokenizer):
-    from .backbone import load_base, tokenizer_digest
+    from .backbone import load_base
     from .head import mask_id_of
+    from .tokens import tokenizer_digest
 
     if mask_id_of(model) is None:
         raise ValueError(f"--quality judges what a diffusion model writes; {options.model} is an AR model")

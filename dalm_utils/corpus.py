@@ -23,10 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .backbone import begin_id, plain_backend, tokenizer_digest
 from .checkpoint import write_whole
 from .config import cache_folder
 from .documents import HELD_OUT, SPLITS, Skips, clean_documents, digest, identify, short_name, size_of, split_of
+from .tokens import begin_id, plain_backend, token_ids, tokenizer_digest
 
 VERSION = 2  # of this file's output: raise it when a change alters what is written
 BATCH = 2**18  # characters that are tokenised together: enough to keep every core busy, and 30 MB while it lasts
@@ -148,7 +148,7 @@ def _write(folder: Path, source: str, field: str, tokenizer: PreTrainedTokenizer
     Threads are enough, since the tokenizer does nine tenths of the work and does it outside Python's lock.
     """
     begun, skips = time.perf_counter(), Skips()
-    dtype = np.uint16 if len(tokenizer) < 2**16 else np.uint32
+    dtype = np.uint16 if token_ids(tokenizer)[-1] < 2**16 else np.uint32
     hashed = hashlib.blake2b(digest_size=8)  # of the tokens: two copies of a text are the same text
     counts = {name: dict.fromkeys(SPLITS, 0) for name in ("documents", "tokens", "bytes")}
     texts = clean_documents(source, field, skips)

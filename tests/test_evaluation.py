@@ -153,7 +153,7 @@ def test_what_cannot_be_scored_is_named():
     model, tokenizer = tiny_diffusion()
     blocks = torch.ones(2, 100, dtype=torch.long)
     for score in (nelbo, ar_nll):
-        with pytest.raises(ValueError, match="blocks of 100 tokens are longer than the model's 64 positions"):
+        with pytest.raises(ValueError, match="length 100 is more than the model's 64 positions"):
             score(model, tokenizer, blocks)
     with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
         nelbo(model, tokenizer, blocks[:, :8], num_samples=0)

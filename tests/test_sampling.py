@@ -336,7 +336,7 @@ def test_steps_that_reveal_nothing_cost_nothing(diffusion):
         (dict(repetition_penalty=0), "repetition_penalty"),
         (dict(top_p=0), "top_p"),
         (dict(top_k=0), "top_k"),
-        (dict(length=100), "the model has 64"),
+        (dict(length=100), "length 101 is more than the model's 64 positions"),
     ],
 )
 def test_bad_requests_are_refused(diffusion, bad, message):
