@@ -360,8 +360,9 @@ def _infilling_figures(model, tokenizer, blocks, gap: int) -> dict:
 
 
 def _load_judge(options: argparse.Namespace, origin: dict, model, tokenizer):
-    from .backbone import load_base, tokenizer_digest
+    from .backbone import load_base
     from .head import mask_id_of
+    from .tokens import tokenizer_digest
 
     if mask_id_of(model) is None:
         raise ValueError(f"--quality judges what a diffusion model generates; {options.model} is an AR model")

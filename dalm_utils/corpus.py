@@ -25,7 +25,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .backbone import begin_id, plain_backend, tokenizer_digest
 from .checkpoint import write_whole
 from .config import cache_folder
 from .documents import (
@@ -40,6 +39,7 @@ from .documents import (
     size_of,
     split_few,
 )
+from .tokens import begin_id, plain_backend, token_ids, tokenizer_digest
 
 VERSION = 2  # of this file's output: raise it when a change alters what is written
 SAMPLE_SEED = 0  # of the blocks that a limit leaves: the same in every run, so that their scores can be compared
@@ -240,8 +240,7 @@ def _tokenise(folder: Path, source: str, field: str, tokenizer: PreTrainedTokeni
         The facts about what was read and written.
     """
     skips = Skips()
-    largest = max(tokenizer.get_vocab().values())
-    dtype = np.dtype(np.uint16 if largest + 1 < 2**16 else np.uint32)
+    dtype = np.dtype(np.uint16 if token_ids(tokenizer)[-1] + 1 < 2**16 else np.uint32)
     hashed = hashlib.blake2b(digest_size=8)  # of the tokens: two copies of a text are the same text
     if rule is not BY_WORDS:
         hashed.update(rule.name.encode())  # split in another way it is another text to train on

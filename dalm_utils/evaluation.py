@@ -14,10 +14,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .annealing import annealed_mask
-from .backbone import begin_id, encode, hidden_states, predicting_states, require_mask_id
+from .backbone import check_fits, eval_mode, hidden_states, predicting_states, require_mask_id
 from .head import chunk_rows, logits_of, mask_id_of
 from .machine import autocast
 from .objective import default_maskable, diffusion_loss, seeded
+from .tokens import begin_id, encode
 
 
 def standard_error(values: np.ndarray, documents: np.ndarray | None = None) -> float:
@@ -97,9 +98,10 @@ def nelbo(
         progress: a bar on stderr, in batches.
 
     Raises:
-        ValueError: a model without [MASK], blocks longer than the model, or no sample.
+        ValueError: a model without [MASK], blocks longer than the model can see, or no sample.
     """
     documents, blocks = documents_of(blocks), stack(blocks)
+    check_fits(model, tokenizer, blocks.shape[1])
     sets = _random_sets(len(blocks), blocks.shape[1] - 1, num_samples, seeded(seed, 0, "nelbo"))
     masked = F.pad(sets, (1, 0))  # position 0 begins the block and never counts
     tokens = blocks.repeat_interleave(num_samples, 0)
@@ -140,11 +142,13 @@ def continuation_nelbo(
         prompt, continuation: texts, each tokenised by itself, or token ids.
 
     Raises:
-        ValueError: an empty continuation.
+        ValueError: an empty continuation, or more tokens than the model can see.
     """
-    before, after = (encode(tokenizer, [x])[0] if isinstance(x, str) else x for x in (prompt, continuation))
+    before = encode(tokenizer, [prompt])[0] if isinstance(prompt, str) else prompt
+    after = encode(tokenizer, [continuation], inside=bool(before))[0] if isinstance(continuation, str) else continuation
     if not after:
         raise ValueError(f"the continuation {continuation!r} has no token to score")
+    check_fits(model, tokenizer, 1 + len(before) + len(after))
     sets = _random_sets(1, len(after), num_samples, seeded(seed, len(after), "continuation"))
     sets, which = sets.unique(dim=0, return_inverse=True)  # a short continuation has few sets: score each once
     masked = F.pad(sets, (1 + len(before), 0))
@@ -168,6 +172,7 @@ def ar_nll(
 ) -> Estimate:
     """The negative log-likelihood per token of an autoregressive model, on the same tokens as `nelbo`."""
     documents, blocks = documents_of(blocks), stack(blocks)
+    check_fits(model, tokenizer, blocks.shape[1])
     causal = annealed_mask(blocks.shape[1], 0.0, dtype=model.dtype, device=model.device)
     means = _token_means(model, blocks, blocks, default_maskable(blocks), causal, batch_size, precision, progress)
     return _estimate(means, tokenizer, blocks, documents)
@@ -175,16 +180,11 @@ def ar_nll(
 
 def _token_means(model, tokens, noised, masked, attention_mask, batch_size, precision, progress=False) -> Tensor:
     """The mean -log p over each sequence's masked tokens: `[N]` float64 on the CPU."""
-    room = getattr(model.config, "max_position_embeddings", tokens.shape[1])
-    if tokens.shape[1] > room:
-        raise ValueError(f"blocks of {tokens.shape[1]} tokens are longer than the model's {room} positions")
-    was_training = model.training
-    model.eval()
     means = []
     pieces = list(zip(tokens.split(batch_size), noised.split(batch_size), masked.split(batch_size), strict=True))
     for piece in tqdm(pieces, "scoring", leave=False, disable=not progress):
         x0, xt, hidden = (part.to(model.device) for part in piece)
-        with autocast(model.device, precision):
+        with eval_mode(model), autocast(model.device, precision):
             ones = torch.ones(len(x0), device=model.device)
             loss = diffusion_loss(model, x0, xt, hidden, ones, attention_mask=attention_mask)
         rows = hidden.nonzero()[:, 0]
@@ -192,7 +192,6 @@ def _token_means(model, tokens, noised, masked, attention_mask, batch_size, prec
             0, rows, loss.token_nll.double()
         )
         means.append((sums / hidden.sum(1)).cpu())
-    model.train(was_training)
     return torch.cat(means)
 
 
@@ -294,17 +293,15 @@ def by_time(
     causal = None
     if mask_id is None:
         causal = annealed_mask(blocks.shape[1], 0.0, dtype=model.dtype, device=model.device)
-    was_training = model.training
-    model.eval()
+    check_fits(model, tokenizer, blocks.shape[1])
     results = []
     for t in times:
         coins = torch.rand(blocks.shape, generator=seeded(seed, 0, "by time"))
         hidden = (coins < t) & default_maskable(blocks)
         read = blocks if mask_id is None else torch.where(hidden, mask_id, blocks)
         pieces = zip(blocks.split(batch_size), read.split(batch_size), hidden.split(batch_size), strict=True)
-        with autocast(model.device, precision):
+        with eval_mode(model), autocast(model.device, precision):
             results.append(torch.cat([_restored(model, *piece, causal) for piece in pieces], -1))  # [2, N]
-    model.train(was_training)
     nll, accuracy = torch.stack(results, 1).numpy()
     return Restored(tuple(times), nll, accuracy, documents)
 

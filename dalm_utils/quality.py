@@ -16,12 +16,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .annealing import annealed_mask
-from .backbone import begin_id, hidden_states, predicting_states
+from .backbone import check_fits, eval_mode, hidden_states, predicting_states
 from .evaluation import ar_nll, documents_of, stack, standard_error
 from .head import logits_of, mask_id_of
 from .machine import autocast
 from .objective import seeded
 from .sampling import draw, generate
+from .tokens import begin_id, unused_ids
 
 
 @dataclass(frozen=True)
@@ -121,15 +122,14 @@ def infilling(
     length = blocks.shape[1]
     if not 1 <= gap <= length - 3:
         raise ValueError(f"a gap in blocks of {length} tokens has 1 to {length - 3}, got {gap}")
+    check_fits(model, tokenizer, length)
     starts = torch.randint(2, length - gap, (len(blocks), 1), generator=seeded(seed, gap, "gaps"))
     columns = starts + torch.arange(gap)  # [N, gap]
     fill: Callable = _continue if mask_id_of(model) is None else partial(_fill, order=order)
-    was_training = model.training
-    model.eval()
     pieces = enumerate(zip(blocks.split(batch_size), columns.split(batch_size), strict=True))
     bar = tqdm(pieces, "infilling", -(-len(blocks) // batch_size), leave=False, disable=not progress)
-    filled = [fill(model, tokenizer, *piece, temperature, seed + number, precision) for number, piece in bar]
-    model.train(was_training)
+    with eval_mode(model):
+        filled = [fill(model, tokenizer, *piece, temperature, seed + number, precision) for number, piece in bar]
     filled = torch.cat(filled)
     return InfillQuality(_gap_scores(tokenizer, filled, blocks.gather(1, columns)), filled, documents)
 
@@ -148,11 +148,12 @@ def _continue(model, tokenizer, blocks, columns, temperature, seed, precision) -
     tokens = blocks.where(given, begin_id(tokenizer)).to(model.device)
     causal = annealed_mask(tokens.shape[1], 0.0, dtype=model.dtype, device=model.device)
     rows = torch.arange(len(tokens), device=model.device)
+    unused = unused_ids(tokenizer, len(model.get_output_embeddings().weight)).to(model.device)
     draws = seeded(seed, 0, "continue")
     with autocast(model.device, precision):
         for column in columns.T.to(model.device):  # [B]
             hidden = predicting_states(model, hidden_states(model, tokens, causal), rows * tokens.shape[1] + column)
-            logits = logits_of(model, hidden)[:, : len(tokenizer)]  # rows that pad the embedding are not tokens
+            logits = logits_of(model, hidden).index_fill_(-1, unused, -torch.inf)
             tokens[rows, column] = draw(logits, temperature, None, None, draws).to(model.device)
     return tokens.cpu().gather(1, columns)
 

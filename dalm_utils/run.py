@@ -23,27 +23,37 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .backbone import as_diffusion, load_base, mask_id_of, randomize, save_diffusion, tokenizer_digest
+from .backbone import as_diffusion, check_fits, load_base, randomize, save_diffusion
 from .checkpoint import RunFolder
 from .config import FREE_FIELDS, RunConfig
 from .distillation import fit_teacher_weight
+from .head import mask_id_of
 from .history import History
-from .machine import DTYPES, pick_precision
+from .machine import DTYPES, pick_device, pick_precision
 from .processes import full_weights, gathered, load_optimizer, load_weights, on_main, optimizer_state
 from .sampling import generate
 from .stability import MAX_ROLLBACKS, ROLLBACK_LR_FACTOR, Unstable
 from .step import TrainStep
 from .tasks import TASKS
+from .tokens import tokenizer_digest
 
 COUNTERS = ("step", "seconds", "best", "window_steps", "rollbacks", "stale", "anneals", "distill")  # in a checkpoint
 
 
-def build(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def build(config: RunConfig, device: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model that a config describes, on its device: the base, or random weights of its shape, as a diffusion model.
 
-    A base that is a diffusion model already is taken as it is.
+    A base that is a diffusion model already is taken as it is. A device or precision that this machine lacks is found
+    before anything is downloaded.
+
+    Args:
+        device: where to put the model instead, for example "cpu" for `train`, which moves it.
+
+    Raises:
+        ValueError, RuntimeError: as `load_base`, `as_diffusion`, `pick_device` and `pick_precision`.
     """
-    model, tokenizer = load_base(config.base, hub=config.hub, device=config.device)
+    pick_precision(config.precision, pick_device(config.device))
+    model, tokenizer = load_base(config.base, hub=config.hub, device=device or config.device)
     if config.scratch:
         model = randomize(model, config.seed)
     if config.objective == "ar" or mask_id_of(model) is not None:
@@ -375,21 +385,7 @@ class Run:
 # ------------------------------------------------------------------------------------------------- helpers
 def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
     """Raise ValueError if model, tokenizer and config do not belong together."""
-    room = getattr(model.config, "max_position_embeddings", config.length)
-    if config.length > room:
-        raise ValueError(f"length {config.length} is more than the model's {room} positions; lower `length`")
-    window = getattr(model.config, "sliding_window", None)
-    if window and getattr(model.config, "use_sliding_window", True) and config.length > window:
-        raise ValueError(
-            f"length {config.length} is more than this model's attention window of {window}, and outside of it "
-            "nothing is seen; lower `length`"
-        )
-    rows, largest = len(model.get_input_embeddings().weight), max(tokenizer.get_vocab().values())
-    if largest >= rows:
-        raise ValueError(
-            f"the tokenizer's ids go up to {largest}, but the model's embedding has {rows} rows; "
-            "they do not belong together"
-        )
+    check_fits(model, tokenizer, config.length)
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise ValueError(f"the weights {name} of the model are not finite; load it again from a whole copy")

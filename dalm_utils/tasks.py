@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .annealing import anneal_ratio, annealed_mask
-from .backbone import mask_id_of, require_mask_id
+from .backbone import require_mask_id
 from .config import RunConfig
 from .corpus import load_corpus
 from .evaluation import Estimate, ar_nll, nelbo
+from .head import mask_id_of
 from .objective import Batch, corrupt, default_maskable, place_capacity, sample_times, seeded
 
 

@@ -79,7 +79,7 @@ def train_arms(
                     f"{name!r}), so they would not see the same batches and noise; make it the same in all"
                 )
     arms = {
-        name: (*build(config.replace(device="cpu")), config.replace(name=f"{config.name}-{name}"))
+        name: (*build(config, device="cpu"), config.replace(name=f"{config.name}-{name}"))
         for name, config in configs.items()
     }
     with _opened(arms, resume) as runs:

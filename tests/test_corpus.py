@@ -15,10 +15,10 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dalm_utils import corpus
-from dalm_utils.backbone import encode
 from dalm_utils.corpus import Blocks, load_corpus
 from dalm_utils.documents import SPLITS, identify
 from dalm_utils.hubs import BASES
+from dalm_utils.tokens import encode
 from tests.helpers import TEXTS, tiny_diffusion, tiny_tokenizer
 from tests.test_documents import write_lines
 

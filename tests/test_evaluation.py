@@ -21,11 +21,12 @@ from dalm_utils import (
     paired_difference,
     train,
 )
-from dalm_utils.backbone import encode, hidden_states
+from dalm_utils.backbone import hidden_states
 from dalm_utils.corpus import Blocks
 from dalm_utils.evaluation import standard_error
 from dalm_utils.head import logits_of
 from dalm_utils.objective import seeded
+from dalm_utils.tokens import encode
 from tests.helpers import TEXTS, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
 from tests.test_documents import write_lines
 
@@ -255,7 +256,7 @@ def test_what_cannot_be_scored_is_named():
     model, tokenizer = tiny_diffusion()
     blocks = torch.ones(2, 100, dtype=torch.long)
     for score in (nelbo, ar_nll):
-        with pytest.raises(ValueError, match="blocks of 100 tokens are longer than the model's 64 positions"):
+        with pytest.raises(ValueError, match="length 100 is more than the model's 64 positions"):
             score(model, tokenizer, blocks)
     with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
         nelbo(model, tokenizer, blocks[:, :8], num_samples=0)

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from dalm_utils import ar_nll, as_diffusion, text_quality
-from dalm_utils.backbone import encode
 from dalm_utils.corpus import Blocks
 from dalm_utils.evaluation import standard_error
 from dalm_utils.quality import infilling
+from dalm_utils.tokens import encode
 from tests.helpers import TEXTS, tiny_diffusion, tiny_model, tiny_tokenizer
 
 
