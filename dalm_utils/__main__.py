@@ -251,15 +251,15 @@ def _sample(options: argparse.Namespace) -> None:
 def _add_evaluate(commands) -> None:
     command = commands.add_parser("evaluate", help="held-out likelihood, infilling and text quality of a model")
     command.add_argument("model", help="a diffusion or AR model: a folder, a shipped name or a hub id")
-    command.add_argument("--text", default="docstrings")
-    command.add_argument("--field", default="text")
+    command.add_argument("--text", help="by default the text that the model was trained on, else docstrings")
+    command.add_argument("--field", help="the field of the text that holds a document")
     command.add_argument("--split", default="test", choices=("train", "validation", "test"))
-    command.add_argument("--length", type=int, default=256)
+    command.add_argument("--length", type=int, help="tokens per block; by default as in the model's training, else 256")
     command.add_argument("--blocks", type=int, default=96)
     command.add_argument("--samples", type=int, default=8, help="masks drawn per block")
     command.add_argument("--infill", type=int, nargs="?", const=16, metavar="GAP", help="restore gaps of GAP tokens")
     command.add_argument("--quality", type=int, nargs="?", const=16, metavar="N", help="generate N texts; judge them")
-    command.add_argument("--judge", default="tiny-gpt2", help="the AR model for --quality, of the same tokenizer")
+    command.add_argument("--judge", help="the AR model for --quality; by default the one that the model was made from")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(do=_evaluate)
 
@@ -267,35 +267,73 @@ def _add_evaluate(commands) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from .backbone import load_base
     from .corpus import load_corpus
+    from .hubs import find
+
+    place = find(options.model, "auto", None)
+    origin = _origin(place)
+    model, tokenizer = load_base(str(place), hub="local", device="auto")
+    _complete(options, origin, model)
+    judge = _load_judge(options, origin, model, tokenizer) if options.quality else None
+    corpus = load_corpus(options.text, tokenizer, field=options.field)
+    blocks = corpus.blocks(options.split, options.length, options.blocks)
+    kind, figures = _likelihood_figures(model, tokenizer, blocks, options.samples)
+    if options.infill:
+        figures |= _infilling_figures(model, tokenizer, blocks, options.infill)
+    if options.quality:
+        figures |= _quality_figures(model, tokenizer, blocks, judge, options)
+    figures = {name: _finite(value) for name, value in figures.items()}
+    if options.json:
+        asked = {name: getattr(options, name) for name in ("model", "text", "field", "split", "length")}
+        print(json.dumps({**asked, "blocks": len(blocks), "likelihood": kind, **figures}))
+    else:
+        split = f"{len(blocks)} {options.split} blocks of {options.length} tokens of {options.text!r}"
+        print(f"{kind} on {split}: {options.model}\n{_table(figures)}")
+
+
+def _origin(place: Path) -> dict:
+    """The settings of the run that made a model: from the run's folder, or provenance.json of a model that ships."""
+    provenance, run = place / "provenance.json", place.resolve().parent / "config.json"
+    if provenance.is_file():
+        settings = _read_json(provenance).get("config")
+        return settings if isinstance(settings, dict) else {}
+    settings = _read_json(run) if run.is_file() else {}
+    return settings if "total_steps" in settings else {}
+
+
+def _complete(options: argparse.Namespace, origin: dict, model) -> None:
+    """Fill in what was not asked for, from the run that made the model.
+
+    Raises:
+        ValueError: blocks that are too short for what is asked, found before anything is scored.
+    """
+    if options.text is None:
+        options.text = origin.get("text", "docstrings")
+        options.field = options.field or origin.get("field")
+    options.field = options.field or "text"
+    if options.length is None:
+        options.length = min(origin.get("length", 256), getattr(model.config, "max_position_embeddings", 256))
+    if options.infill and options.infill > options.length - 3:
+        raise ValueError(f"--infill {options.infill} needs --length {options.infill + 3}, got {options.length}")
+    if options.quality and options.length < 3:
+        raise ValueError(f"--quality needs --length 3, since it counts pairs of tokens; got {options.length}")
+
+
+def _likelihood_figures(model, tokenizer, blocks, num_samples: int) -> tuple[str, dict]:
+    """What the likelihood of this kind of model is called, and its figures."""
     from .evaluation import ar_nll, nelbo
     from .head import mask_id_of
 
-    model, tokenizer = load_base(options.model, device="auto")
-    judge = _load_judge(options, model, tokenizer) if options.quality else None
-    corpus = load_corpus(options.text, tokenizer, field=options.field)
-    blocks = corpus.blocks(options.split, options.length, options.blocks)
     if mask_id_of(model) is None:
         kind, perplexity, estimate = "AR NLL", "perplexity", ar_nll(model, tokenizer, blocks, progress=True)
     else:
         kind, perplexity = "NELBO", "perplexity_bound"
-        estimate = nelbo(model, tokenizer, blocks, num_samples=options.samples, progress=True)
-    figures = {
+        estimate = nelbo(model, tokenizer, blocks, num_samples=num_samples, progress=True)
+    return kind, {
         "nats_per_token": estimate.mean,
         "nats_per_token_stderr": estimate.stderr,
         "bits_per_byte": estimate.bits_per_byte,
         perplexity: estimate.perplexity,
     }
-    if options.infill:
-        figures |= _infilling_figures(model, tokenizer, blocks, options.infill)
-    if options.quality:
-        figures |= _quality_figures(model, tokenizer, blocks, judge, options)
-    figures = {name: None if value != value else value for name, value in figures.items()}  # JSON knows no NaN
-    if options.json:
-        asked = {name: getattr(options, name) for name in ("model", "text", "split", "length")}
-        print(json.dumps({**asked, "blocks": len(blocks), "likelihood": kind, **figures}))
-    else:
-        print(f"{kind} on {len(blocks)} {options.split} blocks of {options.length} tokens: {options.model}")
-        print(_table(figures))
 
 
 def _table(figures: dict) -> str:
@@ -321,30 +359,46 @@ def _infilling_figures(model, tokenizer, blocks, gap: int) -> dict:
     return {"infill_gap": gap, **scores}
 
 
-def _load_judge(options, model, tokenizer):
-    from .backbone import load_base, tokenizer_digest
+def _load_judge(options: argparse.Namespace, origin: dict, model, tokenizer):
+    from .backbone import load_base
     from .head import mask_id_of
+    from .tokens import tokenizer_digest
 
     if mask_id_of(model) is None:
-        raise ValueError(f"--quality judges what a diffusion model writes; {options.model} is an AR model")
+        raise ValueError(f"--quality judges what a diffusion model generates; {options.model} is an AR model")
+    options.judge = options.judge or _ar_base(origin)
     judge, its_tokenizer = load_base(options.judge, device="auto")
     if mask_id_of(judge) is not None or tokenizer_digest(its_tokenizer) != tokenizer_digest(tokenizer):
         raise ValueError(f"{options.judge} cannot judge {options.model}: name an AR model with the same tokenizer")
     return judge
 
 
+def _ar_base(origin: dict) -> str:
+    """The AR model from which a diffusion model was made, perhaps by way of other diffusion models."""
+    from .hubs import find
+
+    base = origin.get("base", "tiny-gpt2")
+    earlier = _origin(find(base, "auto", None))
+    return _ar_base(earlier) if earlier.get("objective") == "diffusion" else base
+
+
 def _quality_figures(model, tokenizer, blocks, judge, options) -> dict:
-    """Of texts as long as a block, and of the first blocks themselves: without these the others mean little."""
+    """Of generated texts as long as a block, and of the first blocks for comparison."""
     from .quality import text_quality
     from .sampling import generate
 
     written = generate(model, tokenizer, length=options.length - 1, num_samples=options.quality, progress=True).tokens
-    held_out = blocks[list(range(min(options.quality, len(blocks))))]
+    held_out = blocks[: options.quality]
     figures = {"judge": options.judge}
     for name, tokens in (("written", written), ("held_out", held_out)):
         quality = vars(text_quality(judge, tokenizer, tokens))
         figures |= {f"{name}_{measure}": value for measure, value in quality.items()}
     return figures
+
+
+def _finite(value):
+    """None for NaN and infinity, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ------------------------------------------------------------------------------------------------- data
@@ -364,7 +418,7 @@ def _add_data(commands) -> None:
 
 def _data(options: argparse.Namespace) -> None:
     from .arxiv import ArxivSet
-    from .backbone import load_base
+    from .backbone import load_tokenizer
     from .corpus import load_corpus
 
     if options.text == "smollm2":
@@ -373,14 +427,17 @@ def _data(options: argparse.Namespace) -> None:
     source = f"{options.text}@{options.hub}" if options.hub else options.text
     if options.hub and ArxivSet.parse(source) is None:
         raise ValueError(f"--hub says where arxiv comes from, and {options.text!r} does not come from a hub")
-    corpus = load_corpus(source, load_base(options.tokenizer)[1], field=options.field)
+    corpus = load_corpus(source, load_tokenizer(options.tokenizer), field=options.field)
     if options.json:
         print(json.dumps({**corpus.facts, "folder": corpus.folder.name}))
         return
     print("\n".join(_describe(corpus.facts)))
-    print(f"the tokens, of {options.tokenizer}, lie in {_shown(corpus.folder)}; facts.json there says more")
+    print(f"The tokens, of {options.tokenizer}, are in {_shown(corpus.folder)}; facts.json there says more.")
     path = os.path.abspath(source) if os.path.exists(source) else source
-    print(f"to use it: DALM_TEXT={shlex.quote(path)} DALM_FIELD={shlex.quote(options.field)}")
+    settings = {"text": path, "field": options.field, "base": options.tokenizer}
+    variables = " ".join(f"DALM_{name.upper()}={shlex.quote(value)}" for name, value in settings.items())
+    print(f"To train on it in a notebook, set {variables}; in a terminal:")
+    print(f"python -m dalm_utils train gpt2 {shlex.join(f'{name}={value}' for name, value in settings.items())}")
 
 
 def _describe(facts: dict) -> list[str]:

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.activations import ACT2FN, FastGELUActivation, NewGELUActivation
 
 from .annealing import annealed_mask
 from .head import mask_id_of
-from .hubs import find, require_files
+from .hubs import find, in_one_line, require_files
 from .machine import keep_memory, pick_device
+from .tokens import add_mask, begin_id, encode, is_special, require_backend, token_ids
 
 transformers.logging.disable_progress_bar()  # weights of this size load and save in a moment
 
+LARGE_LOGIT = 1e3  # well beyond any soft cap, and within float16
 MASK_INIT_WORD = " the"  # [MASK] starts as a copy of it: common, and it says little about its neighbours
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")  # settings that limit what a layer sees
 
 
 # ------------------------------------------------------------------------------------------------- load
@@ -48,29 +57,66 @@ def load_base(
         device: None keeps the CPU.
 
     Raises:
-        FileNotFoundError: the name is found nowhere, or without safetensors; the message says what was tried and
-            what else works. A hub that does not answer is given up after `PATIENCE` seconds.
-        ValueError: an unknown hub, or a revision of something local.
+        FileNotFoundError: the name is found nowhere, or without safetensors or a tokenizer; the message says what was
+            tried and what else works. A hub that does not answer is given up after `PATIENCE` seconds.
+        ValueError: an unknown hub, a revision of something local, a device of another kind than cpu and cuda, a
+            tokenizer without a backend in Rust, or files that transformers cannot load.
+        RuntimeError: a CUDA device that is not there.
     """
-    place, target = find(name, hub, revision), pick_device(device or "cpu")
+    target = pick_device(device or "cpu")
+    place = find(name, hub, revision)
     if target.type == "cpu":
         keep_memory()
     if place.is_file():
-        source, options = place.parent, {"gguf_file": place.name}
         weights = {"quantization_config": GgufConfig(dequantize=True)}  # else it can be neither trained nor saved
     else:
         require_files(place, (file.name for file in place.iterdir()))
-        source, options, weights = place, {}, {"use_safetensors": True}
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, **options, **weights)
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
-    _name_special_tokens(tokenizer, model.config)
+        weights = {"use_safetensors": True}
+    source = _source(place)
+    with _naming(place):
+        config = AutoConfig.from_pretrained(**source)
+        tokenizer = _tokenizer_of(source, config)
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, **weights)
     return fuse_gelu(model).to(target).eval(), tokenizer
 
 
-def fuse_gelu(model: PreTrainedModel) -> PreTrainedModel:
-    """Let torch compute the tanh form of GELU at once, in place: GPT-2's own code takes eight passes over memory.
+def load_tokenizer(name: str, *, hub: str = "auto", revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, the same as from `load_base`, without reading the weights. See there."""
+    place = find(name, hub, revision)
+    source = _source(place)
+    with _naming(place):
+        return _tokenizer_of(source, AutoConfig.from_pretrained(**source))
 
-    The same function to rounding, and one that plain transformers knows, so that what is saved loads anywhere.
+
+def _source(place: Path) -> dict:
+    """What the transformers classes need to open a folder or a .gguf file."""
+    if place.is_file():
+        return {"pretrained_model_name_or_path": place.parent, "gguf_file": place.name, "trust_remote_code": False}
+    return {"pretrained_model_name_or_path": place, "trust_remote_code": False}
+
+
+def _tokenizer_of(source: dict, config: transformers.PretrainedConfig) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    require_backend(tokenizer)
+    _name_special_tokens(tokenizer, config)
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _naming(place: Path) -> Iterator[None]:
+    """Give an error of transformers the name of the model and a line: its libraries raise every kind there is."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"cannot load {place}: {in_one_line(error)}") from error
+
+
+def fuse_gelu(model: PreTrainedModel) -> PreTrainedModel:
+    """Use torch's kernel for the tanh form of GELU, in place: GPT-2's own code takes eight passes over memory.
+
+    It is the same function to rounding, and plain transformers knows it, so that a saved model loads anywhere.
     """
     for name in ("activation_function", "hidden_act"):
         if getattr(model.config, name, None) in ("gelu_new", "gelu_fast"):
@@ -83,17 +129,12 @@ def fuse_gelu(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _name_special_tokens(tokenizer: PreTrainedTokenizerBase, config: transformers.PretrainedConfig) -> None:
-    """Galactica's tokenizer has special tokens without saying what each is for; its model's config says it."""
+    """Name special tokens as the config does: Galactica's tokenizer does not say what its special tokens are for."""
     for kind in ("bos", "eos", "pad"):
         token_id = getattr(config, f"{kind}_token_id", None)
-        # Configs also carry defaults of their class, which may be any word of this vocabulary.
-        if getattr(tokenizer, f"{kind}_token_id") is None and _is_special(tokenizer, token_id):
+        # A config also carries the defaults of its class, which may be any word of this vocabulary.
+        if getattr(tokenizer, f"{kind}_token_id") is None and is_special(tokenizer, token_id):
             setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(token_id))
-
-
-def _is_special(tokenizer: PreTrainedTokenizerBase, token_id: int | None) -> bool:
-    added = tokenizer.added_tokens_decoder
-    return isinstance(token_id, int) and token_id in added and added[token_id].special
 
 
 def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
@@ -105,10 +146,23 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 
 
 # -------------------------------------------------------------------------------------------------- ask
-def hidden_states(model: nn.Module, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """The last hidden states `[B, L, D]` of a stock causal LM, without running its head."""
-    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # OPT needs them beside a 4D mask
-    output = model.base_model(tokens, attention_mask=attention_mask, position_ids=positions, use_cache=False)
+def hidden_states(
+    model: nn.Module,
+    tokens: Tensor,
+    attention_mask: Tensor | None = None,
+    positions: Tensor | None = None,
+    cache: Cache | None = None,
+) -> Tensor:
+    """The last hidden states `[B, L, D]` of a stock causal LM, without running its head.
+
+    Args:
+        positions: `[B, L]` long; None counts from 0.
+        cache: takes the keys and values of `tokens`, and gives those that they attend to.
+    """
+    if positions is None:  # OPT needs them beside a 4D mask
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    caching = dict(use_cache=False) if cache is None else dict(use_cache=True, past_key_values=cache)
+    output = model.base_model(tokens, attention_mask=attention_mask, position_ids=positions, **caching)
     return output.last_hidden_state
 
 
@@ -136,45 +190,58 @@ def require_mask_id(model: nn.Module) -> int:
     return mask_id
 
 
-def begin_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that begins every block: the tokenizer's bos, else its eos (GPT-2 uses one for both)."""
-    for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
-            return token_id
-    raise ValueError("the tokenizer has neither a begin nor an end token; set tokenizer.bos_token before adapting")
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of plain text: a document that mentions "[MASK]" gets the letters, never the special token."""
-    with plain_backend(tokenizer) as backend:
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-
 @contextlib.contextmanager
-def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokenizer]:
-    """The tokenizer's backend, temporarily without special tokens in texts, truncation and padding."""
-    backend = tokenizer.backend_tokenizer
-    special, truncation, padding = backend.encode_special_tokens, backend.truncation, backend.padding
-    backend.encode_special_tokens = True
-    backend.no_truncation()
-    backend.no_padding()
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """A model without dropout, inside of a `with` statement."""
+    was_training = model.training
+    model.eval()
     try:
-        yield backend
+        yield
     finally:
-        backend.encode_special_tokens = special
-        if truncation:
-            backend.enable_truncation(**truncation)
-        if padding:
-            backend.enable_padding(**padding)
+        model.train(was_training)
 
 
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of what a tokenizer does to plain text; an added special token such as [MASK] does not change it."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    relevant = {key: state[key] for key in ("model", "normalizer", "pre_tokenizer")}
-    relevant["words"] = [token["content"] for token in state["added_tokens"] if not token["special"]]
-    content = json.dumps([relevant, begin_id(tokenizer)], sort_keys=True)
-    return hashlib.blake2b(content.encode("utf-8", "replace"), digest_size=16).hexdigest()
+# ------------------------------------------------------------------------------------------------ guards
+def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+    """Raise ValueError unless a model can take `length` tokens of a tokenizer, each seen from everywhere."""
+    pick_device(model.device)
+    check_tokenizer(model, tokenizer)
+    room = max_length(model)
+    if length > room:
+        blind = f"this model's attention window of {room}, outside of which it sees nothing"
+        limit = blind if room == _attention_window(model.config) else f"the model's {room} positions"
+        raise ValueError(f"length {length} is more than {limit}; lower `length`, or give it less text")
+
+
+def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError if a tokenizer cannot be that of a model."""
+    ids, rows = token_ids(tokenizer), len(model.get_input_embeddings().weight)
+    mask_id, its_mask_id = mask_id_of(model), tokenizer.mask_token_id
+    if mask_id is None and its_mask_id is not None:
+        ids = ids[ids != its_mask_id]  # an AR model may lack it
+    trouble = None
+    if mask_id not in (None, its_mask_id):
+        trouble = f"[MASK] is token {its_mask_id} of the tokenizer, but {mask_id} of the model"
+    elif ids[-1] >= rows:
+        trouble = f"the tokenizer's ids go up to {ids[-1]}, but the model's embedding has {rows} rows"
+    if trouble:
+        raise ValueError(f"{trouble}; they do not belong together: use the tokenizer that was saved with the model")
+
+
+def max_length(model: PreTrainedModel) -> int:
+    """The most tokens of which a model sees every one from everywhere: its positions, or its attention window."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return min(limit for limit in (positions, _attention_window(model.config), sys.maxsize) if limit)
+
+
+def _attention_window(config: transformers.PretrainedConfig) -> int | None:
+    """How many tokens a layer sees, where some layer does not see them all; None where every layer does."""
+    config = config.get_text_config()
+    layers = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)  # None: all are alike
+    if layers and set(layers) <= {"full_attention", "global"}:
+        return None
+    limits = [getattr(config, name, None) for name in WINDOWS if getattr(config, f"use_{name}", True)]
+    return min((limit for limit in limits if limit), default=None)
 
 
 # ------------------------------------------------------------------------------------------- adaptation
@@ -188,16 +255,19 @@ def as_diffusion(
 
     Args:
         mask_token: an existing special token to use as [MASK], one that no text contains, and which keeps its
-            embedding; None adds a new one, which starts as a copy of a common word, `MASK_INIT_WORD`.
+            embedding; None adds a new one, which starts as a copy of a common word, `MASK_INIT_WORD`, or as the mean
+            of all tokens where that word is not one token.
         shift: whether the logits at i-1 predict token i.
 
     Raises:
-        ValueError: the model fails `check_attention`, is one already, begins blocks with a token that cannot
-            learn, or `mask_token` cannot be used.
+        ValueError: the model fails `check_attention`, is a diffusion model already, does not belong to the tokenizer,
+            begins blocks with a token that cannot learn, or `mask_token` cannot be used. Nothing is changed then.
     """
     if mask_id_of(model) is not None:
         raise ValueError("this model already has a [MASK] token: it is a diffusion model; load it with load_diffusion")
+    require_backend(tokenizer)
     check_attention(model)
+    check_tokenizer(model, tokenizer)
     frozen = getattr(model.get_input_embeddings(), "padding_idx", None)  # its row gets no gradient
     if begin_id(tokenizer) == frozen:
         raise ValueError(
@@ -205,7 +275,7 @@ def as_diffusion(
             "padding, which never learns; set tokenizer.bos_token to another special token"
         )
     if mask_token is None:
-        tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+        add_mask(tokenizer)
         _start_as_word(model, tokenizer)
     else:
         unusable = _why_not_mask(mask_token, tokenizer, frozen)
@@ -215,6 +285,7 @@ def as_diffusion(
     model.config.mask_token_id = tokenizer.mask_token_id
     model.config.shift = shift
     model.config.is_causal = False
+    _suppress_mask(model)
     return model, tokenizer
 
 
@@ -222,7 +293,7 @@ def _why_not_mask(token: str, tokenizer: PreTrainedTokenizerBase, frozen: int | 
     token_id = tokenizer.get_vocab().get(token)
     if token_id is None:
         return "the tokenizer has no such token"
-    if not _is_special(tokenizer, token_id):
+    if not is_special(tokenizer, token_id):
         return "texts may contain it; it must be a special token"
     if token_id == begin_id(tokenizer):
         return "it begins every block"
@@ -236,9 +307,35 @@ def _start_as_word(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     mask_id, rows = tokenizer.mask_token_id, len(model.get_input_embeddings().weight)
     if mask_id >= rows:
         model.resize_token_embeddings(mask_id + 1, mean_resizing=False)
-    word = tokenizer.encode(MASK_INIT_WORD, add_special_tokens=False)[-1]
+    word = encode(tokenizer, [MASK_INIT_WORD], inside=True)[0]
+    if len(word) != 1 or word == [tokenizer.unk_token_id]:
+        word = [token_id for token_id in token_ids(tokenizer).tolist() if token_id != mask_id]
     for table in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
-        table[mask_id] = table[word]
+        table[mask_id] = table[word].mean(0, dtype=torch.float32)
+
+
+@torch.no_grad()
+def _suppress_mask(model: PreTrainedModel, weights: dict | None = None) -> None:
+    """Have samplers other than ours not predict [MASK], whose logit is never trained.
+
+    `model.generate` of transformers gets a list of tokens to suppress. A sampler that looks at the bare logits finds
+    [MASK], where the head is not tied to the embedding, to be the mean of the other tokens: its logit is the mean of
+    theirs, so it is never the best token, and its probability at most 1 / V by Jensen's inequality.
+
+    Args:
+        weights: the state dict to change, where the model itself holds only shards of it.
+    """
+    mask_id, head = mask_id_of(model), model.get_output_embeddings()
+    suppressed = model.generation_config.suppress_tokens or []
+    model.generation_config.suppress_tokens = sorted({*suppressed, mask_id})
+    if head.weight is model.get_input_embeddings().weight:
+        return
+    name = next(name for name, module in model.named_modules() if module is head)
+    for kind, own in head.named_parameters():
+        table = own.data if weights is None else weights.get(f"{name}.{kind}")
+        if table is not None:  # only the main process has gathered weights
+            others = torch.arange(len(table), device=table.device) != mask_id
+            table[mask_id] = table[others].mean(0, dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -247,12 +344,17 @@ def check_attention(model: PreTrainedModel, length: int = 8) -> None:
 
     With the closed mask no logit may change when a later token changes; with the open one every logit must
     change when any token changes; without a mask a model that is not causal must do as with the open one; and
-    the head on the hidden states must give the model's own logits.
+    the head on the hidden states must give the model's own logits, small ones and large ones.
 
     Raises:
         ValueError: one of the four does not hold, or the model cannot take such a mask; the message says which.
     """
-    model = model.eval()
+    pick_device(model.device)
+    with eval_mode(model):
+        _prove(model, length)
+
+
+def _prove(model: PreTrainedModel, length: int) -> None:
     vocab = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocab, (1, length), generator=generator)
@@ -281,10 +383,22 @@ def check_attention(model: PreTrainedModel, length: int = 8) -> None:
     if not torch.allclose(own, hidden[:1], rtol=1e-3, atol=1e-3 * float(own.abs().max())):
         raise ValueError(f"{type(model).__name__} does not see every token when it is not causal and has no mask")
 
-    positions = torch.arange(length, device=model.device)[None]
-    own = model(batch, attention_mask=mask, position_ids=positions, use_cache=False).logits.float()
     ours = model.get_output_embeddings()(hidden.to(model.dtype)).float()
-    if not torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * float(own.abs().max())):
+    for scale in (1.0, LARGE_LOGIT / float(ours.abs().max())):  # a soft cap shows in large logits only
+        _check_head(model, batch, mask, hidden.to(model.dtype), scale)
+
+
+def _check_head(model: PreTrainedModel, tokens: Tensor, mask: Tensor, hidden: Tensor, scale: float) -> None:
+    """Compare the model's own logits with its head alone, both on hidden states times `scale`."""
+    head = model.get_output_embeddings()
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    handle = head.register_forward_pre_hook(lambda _, given: (given[0] * scale, *given[1:]))
+    try:
+        own = model(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits.float()
+        ours = head(hidden).float()
+    finally:
+        handle.remove()
+    if not torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * float(ours.abs().max())):
         raise ValueError(f"{type(model).__name__} does more to its hidden states than apply its head")
 
 
@@ -317,6 +431,12 @@ def save_diffusion(
     Args:
         weights: the state dict to write, where the model itself holds only shards of it.
     """
+    if mask_id_of(model) is not None:
+        _suppress_mask(model, weights)
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # a temperature without do_sample, as many published models have it, cannot be saved
+        model.generation_config.do_sample = True
     model.save_pretrained(path, state_dict=weights)
     tokenizer.save_pretrained(path)
 

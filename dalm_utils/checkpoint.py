@@ -29,6 +29,7 @@ TEMPORARY = re.compile(rf"\.(?:(best|{CHECKPOINT})\.(unfinished|old)|(?:config\.
 RUN_KEYS = ("model", "corpus", "total_steps")  # in the config.json of every run, and not of a model
 FRESH = "pass resume='never', in a terminal --fresh"
 DEFAULTS = {field.name: field.default for field in fields(RunConfig)}
+NOT_COMPARED = {"text", "field"}  # where the tokens came from; a digest of the tokens is compared instead
 MACHINE_KEYS = ("seconds", "tokens_per_second", "memory", "eta")  # of a record: they differ when a run is repeated
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}  # what a disk that refuses to write answers
@@ -358,18 +359,21 @@ class RunFolder:
             return
         before = DEFAULTS | earlier  # a field newer than the run had its default
         changed = {name: now for name, now in settings.items() if before.get(name, now) != now}
+        refused = changed.keys() - NOT_COMPARED
         if (
-            set(changed) == {"total_steps"}
+            refused == {"total_steps"}
             and self._has_finished(before["total_steps"])
             and not self._has_finished(settings["total_steps"])
         ):
-            write_file(file, json.dumps(settings, indent=1))  # a finished run may be given more steps
-        elif changed:
+            refused = set()  # a finished run may be given more steps
+        if refused:
             differences = [f"{name}: {before[name]!r} then, {now!r} now" for name, now in changed.items()]
             raise ValueError(
                 f"the run {self.path.name!r} exists with other settings ({'; '.join(differences)}). "
                 f"Give this one another `name`, or move the old run aside: {FRESH}."
             )
+        if changed:
+            write_file(file, json.dumps(settings, indent=1))
 
     def _has_finished(self, step: int) -> bool:
         return any(step_of(folder) >= step for folder in self.checkpoints())

@@ -193,8 +193,8 @@ PROFILES: dict[str, dict[str, dict]] = {
             steps=480, warmup_steps=40, anneal_steps=5, eval_every=160, sample_every=240, save_every=240
         ),
         "full": FULL | dict(
-            epochs=10, train_blocks=40_000, warmup_steps=2_000, anneal_steps=10_000, eval_every=1_000,
-            sample_every=5_000, save_every=1_000,
+            epochs=10, train_blocks=40_000, warmup_steps=2_000, anneal_steps=10_000, eval_every=2_500,
+            sample_every=10_000, save_every=5_000,
         ),
     },
     "shift": {

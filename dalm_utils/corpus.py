@@ -1,8 +1,9 @@
-"""Documents in, token blocks out: tokenise on all cores, pack, and remember."""
+"""Documents in, token blocks out: tokenised on all cores, and kept in a cache."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -24,22 +25,25 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .backbone import begin_id, plain_backend, tokenizer_digest
 from .checkpoint import write_whole
 from .config import cache_folder
 from .documents import (
+    BY_WORDS,
     SPLITS,
     Skips,
+    SplitRule,
     clean_documents,
     digest,
     identify,
     short_name,
     size_of,
     split_few,
-    split_of,
 )
+from .tokens import begin_id, plain_backend, token_ids, tokenizer_digest
 
 VERSION = 2  # of this file's output: raise it when a change alters what is written
+SAMPLE_SEED = 0  # of the blocks that a limit leaves: the same in every run, so that their scores can be compared
+PIECE = 2**16  # tokens that are searched at once for the end of a document
 BATCH = 2**18  # characters that are tokenised together: enough to keep every core busy, and 30 MB while it lasts
 THREADS = min(16, os.cpu_count() or 1)
 
@@ -48,26 +52,66 @@ THREADS = min(16, os.cpu_count() or 1)
 class Blocks:
     """Fixed-length blocks cut from one long array of tokens; position 0 of each is the begin token.
 
-    `blocks[i]` is `[L]` long; `blocks[[i, j, ...]]` is `[B, L]`.
+    `blocks[i]` is `[L]` long; `blocks[[i, j, ...]]` and `blocks[i:j]` are `[B, L]`.
+
+    Args:
+        tokens: `[T]` of integers, such as a memory-mapped file, in which every document ends with the token `begin`.
+        limit: how many blocks to draw, all equally likely and none twice; as many as there are, or None, gives all in
+            order. The sample depends on nothing but the number of blocks and the limit, so it is the same for every
+            model with the same tokenizer, and the first blocks of a sample are a smaller sample.
     """
 
     def __init__(self, tokens: np.ndarray, length: int, begin: int, limit: int | None = None):
         self.tokens, self.length, self.begin = tokens, length, begin
-        self.count = min(len(tokens) // (length - 1), limit or len(tokens))
-        if self.count == 0:
+        available = len(tokens) // (length - 1)
+        if available == 0:
             raise ValueError(f"{len(tokens)} tokens are too few for one block of {length}")
+        self.count = min(available, limit or available)
+        self.sample = None
+        if self.count < available:
+            drawn = torch.randperm(available, generator=torch.Generator().manual_seed(SAMPLE_SEED))
+            self.sample = drawn[: self.count].numpy().copy()  # without the rest of the permutation
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index) -> Tensor:
+        if isinstance(index, slice):
+            index = np.arange(self.count)[index]
         rows = np.atleast_1d(np.asarray(index))
         if rows.max(initial=0) >= self.count or rows.min(initial=0) < 0:
             raise IndexError(f"no block {rows.max() if rows.min() >= 0 else rows.min()} among {self.count}")
-        inside = rows[:, None] * (self.length - 1) + np.arange(self.length - 1)  # [B, L - 1]
+        inside = self._starts(rows)[:, None] + np.arange(self.length - 1)  # [B, L - 1]
         block = np.full((len(rows), self.length), self.begin, dtype=np.int64)
         block[:, 1:] = self.tokens[inside]
         return torch.from_numpy(block if np.ndim(index) else block[0])
+
+    def _starts(self, rows: np.ndarray) -> np.ndarray:
+        """Where the blocks of these numbers begin in `tokens`."""
+        return (rows if self.sample is None else self.sample[rows]) * (self.length - 1)
+
+    @functools.cached_property
+    def documents(self) -> np.ndarray:
+        """`[N]`: for each block the document that holds its middle, as the place in `tokens` where that one ends.
+
+        Only these documents are read, whatever the size of the file.
+        """
+        middles = self._starts(np.arange(self.count)) + (self.length - 1) // 2
+        ends = np.empty_like(middles)
+        end = -1
+        for i in np.argsort(middles):
+            if middles[i] > end:
+                end = self._end_of_document(middles[i])
+            ends[i] = end
+        return ends
+
+    def _end_of_document(self, start: int) -> int:
+        """The first place from `start` on with the begin token; the last place where there is none."""
+        for piece in range(start, len(self.tokens), PIECE):
+            found = np.flatnonzero(self.tokens[piece : piece + PIECE] == self.begin)
+            if len(found):
+                return piece + int(found[0])
+        return len(self.tokens) - 1
 
 
 @dataclass(frozen=True)
@@ -79,7 +123,9 @@ class Corpus:
     begin: int
 
     def blocks(self, split: str, length: int, limit: int | None = None) -> Blocks:
-        """Blocks of `length` tokens of a split ("train", "validation" or "test"); at most `limit`.
+        """Blocks of `length` tokens of a split ("train", "validation" or "test").
+
+        With fewer than there are, `limit` blocks are drawn from all over the split: always the same ones, see `Blocks`.
 
         Raises:
             ValueError: the split has too few tokens for a single block, or a length or limit that makes none.
@@ -175,24 +221,17 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _write(folder: Path, source: str, field: str, tokenizer: PreTrainedTokenizerBase, facts: dict) -> None:
-    """Write the tokens of each split and facts.json. A text of which `split_of` leaves a split empty is read again."""
+    """Write the tokens of each split and facts.json. A text of which `BY_WORDS` leaves a split empty is read again."""
     begun = time.perf_counter()
-    made = _tokenise(folder, source, field, tokenizer, "words", split_of)
+    made = _tokenise(folder, source, field, tokenizer, BY_WORDS)
     if not all(made["documents"].values()):
-        made = _tokenise(folder, source, field, tokenizer, *split_few(clean_documents(source, field)))
+        made = _tokenise(folder, source, field, tokenizer, split_few(clean_documents(source, field)))
     seconds = round(time.perf_counter() - begun, 1)
     facts = {**facts, "name": source, **made, "seconds": seconds}
     (folder / "facts.json").write_text(json.dumps(facts, indent=1))
 
 
-def _tokenise(
-    folder: Path,
-    source: str,
-    field: str,
-    tokenizer: PreTrainedTokenizerBase,
-    split_by: str,
-    split_of: Callable[[str], str],
-) -> dict:
+def _tokenise(folder: Path, source: str, field: str, tokenizer: PreTrainedTokenizerBase, rule: SplitRule) -> dict:
     """Stream the documents through all cores onto disk, in order, a bounded number of batches at a time.
 
     Threads are enough, since the tokenizer does nine tenths of the work and does it outside Python's lock.
@@ -201,10 +240,10 @@ def _tokenise(
         The facts about what was read and written.
     """
     skips = Skips()
-    largest = max(tokenizer.get_vocab().values())
-    dtype = np.dtype(np.uint16 if largest + 1 < 2**16 else np.uint32)
+    dtype = np.dtype(np.uint16 if token_ids(tokenizer)[-1] + 1 < 2**16 else np.uint32)
     hashed = hashlib.blake2b(digest_size=8)  # of the tokens: two copies of a text are the same text
-    hashed.update(b"" if split_by == "words" else split_by.encode())
+    if rule is not BY_WORDS:
+        hashed.update(rule.name.encode())  # split in another way it is another text to train on
     counts = {name: dict.fromkeys(SPLITS, 0) for name in ("documents", "tokens", "bytes")}
     texts = clean_documents(source, field, skips)
     with contextlib.ExitStack() as stack:
@@ -214,7 +253,7 @@ def _tokenise(
         bar = tqdm(desc="tokenising", total=size_of(source), unit="B", unit_scale=True, leave=False)
         stack.enter_context(bar)
         pack = partial(_pack, backend, begin_id(tokenizer), dtype)
-        for batch, packed in _in_order(pool, pack, _batched((split_of(text), text) for text in texts)):
+        for batch, packed in _in_order(pool, pack, _batched((rule.split_of(text), text) for text in texts)):
             for (split, text), tokens in zip(batch, packed, strict=True):
                 files[split].write(tokens)
                 hashed.update(tokens)
@@ -227,7 +266,7 @@ def _tokenise(
     return {
         "dtype": dtype.name,
         "digest": hashed.hexdigest(),
-        "split_by": split_by,
+        "split_by": rule.name,
         **counts,
         "copies": skips.copies,
         "skipped": dict(skips.reasons),

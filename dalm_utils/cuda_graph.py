@@ -1,12 +1,11 @@
-"""A training step as a CUDA graph: the host only fills the inputs, and one launch replays some 850 kernels.
+"""Replays a training step as a CUDA graph: the host fills the inputs and launches one graph, not some 850 kernels.
 
-Launched one by one, these kernels keep a fast GPU waiting for its host for two thirds of a step of GPT-2's size.
+Launched one by one, these kernels leave a fast GPU idle for about two thirds of a step of GPT-2's size.
 """
 
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -14,11 +13,11 @@ from torch import Tensor
 
 from .objective import Batch
 
-WARM_UP = 3  # eager steps before a capture: libraries allocate workspaces and choose kernels in them
+WARM_UP = 3  # eager steps before a capture: meanwhile libraries allocate workspaces and choose kernels
 
 
 def capture(compute: Callable[[], None]) -> Callable[[], None]:
-    """Record what `compute` does on the current CUDA device, without doing it; the result does it."""
+    """Record what `compute` does on the current CUDA device, without running it. Calling the result runs it."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
@@ -29,9 +28,9 @@ def capture(compute: Callable[[], None]) -> Callable[[], None]:
 class ReplayedStep:
     """Runs a step eagerly at first, and then as a CUDA graph on static inputs.
 
-    `compute(parts, mask, with_teacher)` must work in place, let nothing it allocates outlive it, and never wait for the
-    device. Batches have fixed shapes. There is one graph for each combination of with or without a mask, with or
-    without a teacher, captured when it is first needed. If a capture fails, everything runs eagerly from then on.
+    `compute(parts, mask, with_teacher)` must work in place, keep no tensor that it allocates, and never wait for the
+    device. Batches have fixed shapes. When the mask has opened, or the teacher has faded, the step is another one: the
+    old graph is dropped and a new one is captured. If a capture fails, everything runs eagerly from then on.
 
     Args:
         compute: `TrainStep.compute`.
@@ -42,55 +41,64 @@ class ReplayedStep:
     def __init__(self, compute: Callable[..., None], recover: Callable[[], None], device: torch.device):
         self.compute, self.recover, self.device = compute, recover, device
         self.enabled = True
+        self.side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.reset()
 
     def reset(self) -> None:
-        """Forget all graphs, because a tensor that they use was replaced."""
-        self.graphs: dict[tuple, Callable[[], None]] = {}
-        self.inputs: dict[tuple, tuple[list[Batch], Tensor | None, bool]] = {}
-        self.calls: Counter = Counter()
+        """Drop the graph: a tensor that it refers to was replaced, or the step has become another one."""
+        self.key: tuple | None = None
+        self.graph: Callable[[], None] | None = None
+        self.inputs: tuple[list[Batch], Tensor | None, bool] | None = None
+        self.calls = 0
 
     def __call__(self, parts: list[Batch], mask: Tensor | None, with_teacher: bool) -> None:
-        """Take one step on these host tensors; they are copied while the device still works on the step before."""
+        """Take one step on these host tensors, queued without waiting for the step before."""
         key = (mask is None, with_teacher)
-        if key not in self.inputs:
+        if key != self.key:
+            self.reset()
+            self.key = key
+        if self.inputs is None:
             static = [part.map(self._buffer) for part in parts]
-            self.inputs[key] = (static, None if mask is None else self._buffer(mask), with_teacher)
-        inputs = self.inputs[key]
-        for buffer, part in zip(inputs[0], parts, strict=True):
-            for name, tensor in part.tensors().items():
-                self._fill(buffer.tensors()[name], tensor)
+            self.inputs = (static, None if mask is None else self._buffer(mask), with_teacher)
+        for buffer, part in zip(self.inputs[0], parts, strict=True):
+            tensors = part.tensors()
+            for name, static_tensor in buffer.tensors().items():
+                self._fill(static_tensor, tensors[name])
         if mask is not None:
-            self._fill(inputs[1], mask)
-        if key not in self.graphs and self.enabled and self.calls[key] >= WARM_UP:
-            self._capture(key, inputs)
-        if key in self.graphs:
-            self.graphs[key]()
+            self._fill(self.inputs[1], mask)
+        if self.graph is None and self.enabled and self.calls >= WARM_UP:
+            self._capture()
+        if self.graph is not None:
+            self.graph()
         else:
-            self.calls[key] += 1
-            self._run_eagerly(inputs)
+            self.calls += 1
+            self._run_eagerly()
 
     def _buffer(self, tensor: Tensor) -> Tensor:
         return torch.empty_like(tensor, device=self.device)
 
-    def _fill(self, buffer: Tensor, tensor: Tensor) -> None:
+    def _fill(self, buffer: Tensor | None, tensor: Tensor) -> None:
+        assert buffer is not None  # a key with a mask has a buffer for it
         buffer.copy_(tensor.pin_memory() if self.device.type == "cuda" else tensor, non_blocking=True)
 
-    def _run_eagerly(self, inputs: tuple) -> None:
-        if self.device.type != "cuda":
-            self.compute(*inputs)
+    def _run_eagerly(self) -> None:
+        assert self.inputs is not None
+        if self.side_stream is None or not self.enabled:
+            self.compute(*self.inputs)
             return
-        side = torch.cuda.Stream(self.device)  # gradients must not be tied to the default stream before a capture
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            self.compute(*inputs)
-        torch.cuda.current_stream(self.device).wait_stream(side)
+        # torch requires that the steps before a capture run on another stream than the default one
+        self.side_stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.side_stream):
+            self.compute(*self.inputs)
+        torch.cuda.current_stream(self.device).wait_stream(self.side_stream)
 
-    def _capture(self, key: tuple, inputs: tuple) -> None:
+    def _capture(self) -> None:
+        inputs = self.inputs
+        assert inputs is not None
         try:
-            self.graphs[key] = capture(lambda: self.compute(*inputs))
-        except Exception as error:  # whatever the model, the driver or torch does not allow in a capture
+            self.graph = capture(lambda: self.compute(*inputs))
+        except Exception as error:  # whatever the model, the driver or torch does not support in a capture
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            print(f"the step cannot be captured as a CUDA graph and runs eagerly: {reason}", file=sys.stderr)
+            print(f"capturing the step as a CUDA graph failed, so steps run eagerly: {reason}", file=sys.stderr)
             self.enabled = False
             self.recover()

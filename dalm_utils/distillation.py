@@ -1,7 +1,7 @@
-"""How much of the training target a frozen AR base deserves on a text that it may not know.
+"""How much of the training target a frozen AR base should get on a text that it may know badly.
 
-A base that was trained on such text predicts tokens far better than their frequencies do, and most of the target may
-be its prediction. One that was not is confidently wrong, and a model that imitates it has to unlearn that later.
+A base that was trained on text like this predicts tokens far better than their frequencies do, and most of the target
+may be its prediction. A base that was not is confidently wrong, and a model that imitates it has to unlearn that later.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from .annealing import annealed_mask
 from .corpus import Blocks
 from .objective import default_maskable, diffusion_loss
 
-UNIGRAM_BLOCKS = 2_000  # training blocks that are counted for token frequencies, at most
-MAX_LOG_RATIO = 50.0  # nats; beyond it a ratio of probabilities changes no digit of the answer and may overflow
+UNIGRAM_BLOCKS = 2_000  # at most this many training blocks are counted for token frequencies
+MAX_LOG_RATIO = 50.0  # nats; larger ratios of probabilities do not change the answer and could overflow
 
 
 @torch.no_grad()
@@ -22,8 +22,10 @@ def fit_teacher_weight(teacher: nn.Module, train: Blocks, held_out: Blocks, larg
     """`choose_teacher_weight` for a text: a few seconds, for the teacher's pass over the held-out blocks.
 
     Args:
-        teacher: an AR model, which runs in its weights' dtype.
+        teacher: an AR model, run in the dtype of its weights.
         train, held_out: blocks of the text.
+        largest: the configured weight, an upper bound.
+        batch: blocks in one forward pass.
     """
     blocks = held_out[list(range(len(held_out)))]  # [N, L]
     counted = train[list(range(0, len(train), -(-len(train) // UNIGRAM_BLOCKS)))][:, 1:]
@@ -51,7 +53,7 @@ def unigram_nll(train_tokens: Tensor, held_out: Tensor, vocab_size: int) -> Tens
 
 
 def choose_teacher_weight(teacher_nll: Tensor, unigram_nll: Tensor, largest: float) -> float:
-    """The weight of the teacher's prediction in the training target, beside the token's 1, for one text.
+    """The weight of the teacher's prediction in the training target, where the token itself has weight 1, for one text.
 
     Mix the teacher with a model that knows token frequencies and nothing else, and take the teacher's fraction of the
     mixture that makes held-out tokens most likely (linear interpolation with held-out estimation, Jelinek and Mercer,
@@ -66,7 +68,7 @@ def choose_teacher_weight(teacher_nll: Tensor, unigram_nll: Tensor, largest: flo
     Args:
         teacher_nll: -log p of each held-out token given the tokens before it, in nats, any shape.
         unigram_nll: the same tokens under their frequencies in the training split, see `unigram_nll`.
-        largest: the weight for a teacher that needs no such help.
+        largest: an upper bound, the configured weight.
 
     Returns:
         a weight in [0, largest].

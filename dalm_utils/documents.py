@@ -21,36 +21,32 @@ from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from . import arxiv
 from .config import PROJECT
 
-PACKAGES = {  # what is installed anyway, and whose docstrings are a text that nobody has to download
+PACKAGES = {  # texts that need no download: the docstrings of packages that are installed anyway
     "docstrings": (
         "numpy", "networkx", "sympy", "matplotlib", "torch", "pandas", "transformers", "accelerate", "datasets",
     ),
     "mathematics": ("sympy", "networkx", "numpy"),
 }  # fmt: skip
 TEXT_FILES = (".txt", ".md", ".rst", ".tex")
-MIN_CHARACTERS = 200  # a shorter docstring says too little to learn from
-FILES = 100  # that one process parses; starting it takes a hundredth of the time
-MIN_WORDS = 50  # for each number: a document with fewer is not known by its words, since formulas and tables share them
+MIN_CHARACTERS = 200  # of a docstring; shorter ones say too little to learn from
+FILES = 100  # parsed by each process: enough that starting it costs little
+MIN_WORDS = 50  # and 50 for each number: shorter formulas and tables have their words in common
 HELD_OUT = {"validation": 2, "test": 2}  # percent of the documents
-FEW = (
-    1000  # documents; a text of fewer may have a split that no hash falls into, and is split by rank (see `split_few`)
-)
+FEW = 1000  # documents; fewer may leave a split of 2% empty by chance
 SPLITS = ("train", "validation", "test")
-SKIP_LIMIT = 100  # more lines or files that cannot be read, and more than this fraction of all, are an error
+SKIP_LIMIT = 100  # more lines or files that cannot be read than this, and than this fraction of all, are an error
 SKIP_FRACTION = 0.01
-LONGEST_LINE = (
-    4 * 2**20
-)  # bytes; a longer line is a damaged file, not a document, and tokenising takes 130 times as many
-ROWS = 1000  # of a parquet file that are held at once
-UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # how such a file begins
-RULES = 2  # of reading files and hubs: raise it when they give other documents than before
+LONGEST_LINE = 4 * 2**20  # bytes; a longer one is damaged or no document, and tokenising takes 130 times its size
+ROWS = 1000  # of a parquet file, held at once
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # the first bytes of such a file
+RULES = 2  # of reading files and hubs: raise it when the same source gives other documents, and all is prepared anew
 
 
 # -------------------------------------------------------------------------------------------------- read
@@ -126,7 +122,7 @@ def documents(source: str, field: str = "text", skips: Skips | None = None) -> I
 
 
 def _open(source: str, field: str) -> tuple[Iterator[tuple[str, int, Any]], Callable[[Any], str]]:
-    """Its records as (place, bytes, raw), and what makes a text of a raw one."""
+    """The records of a source as (place, bytes, raw), and the function that makes a raw one a text."""
     wanted = arxiv.ArxivSet.parse(source)
     if wanted:
         return _arxiv_rows(wanted), partial(_text_of, field=arxiv.FIELD)
@@ -325,7 +321,7 @@ def short_name(source: str) -> str:
 
 
 def size_of(source: str) -> int | None:
-    """Bytes that reading a source will come to; None where only reading tells."""
+    """The bytes of a source's files, for a progress bar; None where they are only known once it is read."""
     if source in PACKAGES or arxiv.ArxivSet.parse(source):
         return None
     files = _files(_locate(source))
@@ -333,10 +329,13 @@ def size_of(source: str) -> int | None:
 
 
 # ------------------------------------------------------------------------------------- clean and split
-_ASCII_LETTERS = bytes(byte if chr(byte).isalpha() else ord(" ") for byte in range(128)).ljust(256)
+_ASCII_LETTERS, _ASCII_DIGITS = (  # for bytes.translate: all other characters become spaces
+    bytes(byte if belongs(chr(byte)) else ord(" ") for byte in range(128)).ljust(256)
+    for belongs in (str.isalpha, str.isdigit)
+)
 
 
-@functools.lru_cache(maxsize=1)  # a document is asked for twice in a row: is it a copy, and which split
+@functools.lru_cache(maxsize=1)  # called twice in a row for each document: is it a copy, and which split is it in
 def normalise(text: str) -> str:
     """The words alone, in lower case: what two copies of a document share when layout and numbers differ."""
     text = text.lower()
@@ -345,10 +344,10 @@ def normalise(text: str) -> str:
     return " ".join(re.findall(r"[^\W\d_]+", text))
 
 
-def drop_near_copies(texts: Iterable[str], width: int = 8, share: float = 0.5) -> list[str]:
-    """Keep a document only if at most `share` of its runs of `width` words stand in the ones kept before.
+def drop_near_copies(texts: Iterable[str], width: int = 8, fraction: float = 0.5) -> list[str]:
+    """Keep a document only if at most `fraction` of its runs of `width` words occur in those kept before.
 
-    Long documents go first, so that one which is contained in another falls, whichever came first.
+    Long documents come first, so a document that is contained in another is dropped, whichever was read first.
     The result is ordered by a hash of the document: mixed, and the same on every machine.
     """
     seen: set[int] = set()
@@ -356,7 +355,7 @@ def drop_near_copies(texts: Iterable[str], width: int = 8, share: float = 0.5) -
     for text in sorted(set(texts), key=lambda text: (-len(text), text)):
         words = normalise(text).split()
         runs = {hash(tuple(words[i : i + width])) for i in range(max(1, len(words) - width + 1))}
-        if len(runs & seen) <= share * len(runs):
+        if len(runs & seen) <= fraction * len(runs):
             seen |= runs
             kept.append(text)
     return sorted(kept, key=digest)
@@ -377,8 +376,18 @@ def _split_at(key: str) -> str:
     return "train"
 
 
-def split_few(texts: Iterable[str]) -> tuple[str, Callable[[str], str]]:
-    """How to split a text of which `split_of` leaves a split empty: a name for the rule, and the rule.
+class SplitRule(NamedTuple):
+    """How a text is split."""
+
+    name: str  # as "split_by" in facts.json
+    split_of: Callable[[str], str]  # from a document to its split
+
+
+BY_WORDS = SplitRule("words", split_of)
+
+
+def split_few(texts: Iterable[str]) -> SplitRule:
+    """The rule for a text of which `BY_WORDS` leaves a split empty.
 
     Each held-out split gets a tenth of the documents, at least one, by the rank of the hashes of their words, and
     documents with the same words stay together. Where that leaves a split empty, most documents share their words
@@ -394,11 +403,11 @@ def split_few(texts: Iterable[str]) -> tuple[str, Callable[[str], str]]:
     documents = same_words.total()
     by_words = _held_out_by_rank(same_words)
     if len(set(by_words.values())) == min(documents, len(SPLITS)) - 1:
-        return "rank of words", lambda text: by_words.get(digest(normalise(text)), "train")
+        return SplitRule("rank of words", lambda text: by_words.get(digest(normalise(text)), "train"))
     if documents >= FEW:
-        return "text", lambda text: _split_at(digest(text))
+        return SplitRule("text", lambda text: _split_at(digest(text)))
     by_text = _held_out_by_rank(Counter(exact))
-    return "rank of text", lambda text: by_text.get(digest(text), "train")
+    return SplitRule("rank of text", lambda text: by_text.get(digest(text), "train"))
 
 
 def _held_out_by_rank(sizes: dict[str, int]) -> dict[str, str]:
@@ -450,5 +459,11 @@ def _content(text: str) -> str:
     count = words.count(" ") + 1
     if count < MIN_WORDS:
         return text
-    numbers = len(re.findall(r"\d+(?:[.,:]\d+)*", text))
-    return words if count >= MIN_WORDS * numbers else " ".join(text.lower().split())
+    return words if count >= MIN_WORDS * _numbers(text) else " ".join(text.lower().split())
+
+
+def _numbers(text: str) -> int:
+    """How many runs of digits it has."""
+    if text.isascii():  # as in `normalise`
+        return len(text.encode().translate(_ASCII_DIGITS).split())
+    return len(re.findall(r"\d+", text))

@@ -14,19 +14,40 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .annealing import annealed_mask
-from .backbone import begin_id, encode, hidden_states, predicting_states, require_mask_id
+from .backbone import check_fits, eval_mode, hidden_states, predicting_states, require_mask_id
 from .head import chunk_rows, logits_of, mask_id_of
 from .machine import autocast
 from .objective import default_maskable, diffusion_loss, seeded
+from .tokens import begin_id, encode
+
+
+def standard_error(values: np.ndarray, documents: np.ndarray | None = None) -> float:
+    """The standard error of the mean of `values` `[N]` over blocks of text.
+
+    Blocks of one document resemble each other, so documents are counted, not blocks. With u_g the sum of
+    (value - mean) over the blocks of document g, and G documents, it is the cluster-robust
+
+        sqrt(G / (G - 1) * sum over g of u_g^2) / N,
+
+    which is s / sqrt(N) if each block has a document of its own (Liang and Zeger, Biometrika 1986). NaN for G = 1.
+
+    Args:
+        documents: `[N]`, equal for blocks of the same document; None means that no two blocks share one.
+    """
+    labels = np.arange(len(values)) if documents is None else np.unique(documents, return_inverse=True)[1]
+    sums = np.bincount(labels, values - values.mean())  # [G]
+    count = len(sums)
+    return math.sqrt(count / (count - 1) * float(sums @ sums)) / len(values) if count > 1 else math.nan
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over blocks, in nats per token, with its standard error."""
+    """A mean over blocks, in nats per token, with its standard error over documents (see `standard_error`)."""
 
-    per_block: np.ndarray  # [N] nats per token of each block: subtract two of these for a paired difference
+    per_block: np.ndarray  # [N] nats per token of each block
     tokens: int  # predicted tokens in all
     bytes: int  # of the text they spell
+    documents: np.ndarray | None = None  # [N] equal for blocks of the same document; None where it is not known
 
     @property
     def mean(self) -> float:
@@ -34,17 +55,16 @@ class Estimate:
 
     @property
     def stderr(self) -> float:
-        return (
-            float(self.per_block.std(ddof=1) / math.sqrt(len(self.per_block))) if len(self.per_block) > 1 else math.nan
-        )
+        return standard_error(self.per_block, self.documents)
 
     @property
     def bits_per_byte(self) -> float:
-        return self.mean * self.tokens / (self.bytes * math.log(2))
+        """NaN for tokens that spell no text, such as special ones alone."""
+        return self.mean * self.tokens / (self.bytes * math.log(2)) if self.bytes else math.nan
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.mean)
+        return math.exp(self.mean) if self.mean < 700 else math.inf  # beyond what a float holds
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} +- {self.stderr:.3f} nats per token ({self.bits_per_byte:.3f} bits per byte)"
@@ -70,22 +90,24 @@ def nelbo(
     unbiased, with much less variance than drawing times and coins.  The same seed gives every model the same masks.
 
     Args:
-        blocks: `[N, L]` long, or a sequence of `[L]` such as `Blocks`; position 0 is the begin token.
+        blocks: `[N, L]` long, or a sequence of `[L]`; position 0 is the begin token. From `Blocks` the standard error
+            knows which of them lie in the same document.
         num_samples: masks drawn per block.
         batch_size: sequences in one forward pass.
         precision: of the trunk's matrix products (the head runs in its weights' dtype); see `RunConfig.precision`.
         progress: a bar on stderr, in batches.
 
     Raises:
-        ValueError: a model without [MASK], blocks longer than the model, or no sample.
+        ValueError: a model without [MASK], blocks longer than the model can see, or no sample.
     """
-    blocks = stack(blocks)
+    documents, blocks = documents_of(blocks), stack(blocks)
+    check_fits(model, tokenizer, blocks.shape[1])
     sets = _random_sets(len(blocks), blocks.shape[1] - 1, num_samples, seeded(seed, 0, "nelbo"))
     masked = F.pad(sets, (1, 0))  # position 0 begins the block and never counts
     tokens = blocks.repeat_interleave(num_samples, 0)
     noised = torch.where(masked, require_mask_id(model), tokens)
     means = _token_means(model, tokens, noised, masked, None, batch_size, precision, progress)
-    return _estimate(means.view(-1, num_samples).mean(1), tokenizer, blocks)
+    return _estimate(means.view(-1, num_samples).mean(1), tokenizer, blocks, documents)
 
 
 def _random_sets(rows: int, n: int, num_samples: int, draws: torch.Generator) -> Tensor:
@@ -120,11 +142,13 @@ def continuation_nelbo(
         prompt, continuation: texts, each tokenised by itself, or token ids.
 
     Raises:
-        ValueError: an empty continuation.
+        ValueError: an empty continuation, or more tokens than the model can see.
     """
-    before, after = (encode(tokenizer, [x])[0] if isinstance(x, str) else x for x in (prompt, continuation))
+    before = encode(tokenizer, [prompt])[0] if isinstance(prompt, str) else prompt
+    after = encode(tokenizer, [continuation], inside=bool(before))[0] if isinstance(continuation, str) else continuation
     if not after:
         raise ValueError(f"the continuation {continuation!r} has no token to score")
+    check_fits(model, tokenizer, 1 + len(before) + len(after))
     sets = _random_sets(1, len(after), num_samples, seeded(seed, len(after), "continuation"))
     sets, which = sets.unique(dim=0, return_inverse=True)  # a short continuation has few sets: score each once
     masked = F.pad(sets, (1 + len(before), 0))
@@ -147,24 +171,20 @@ def ar_nll(
     progress: bool = False,
 ) -> Estimate:
     """The negative log-likelihood per token of an autoregressive model, on the same tokens as `nelbo`."""
-    blocks = stack(blocks)
+    documents, blocks = documents_of(blocks), stack(blocks)
+    check_fits(model, tokenizer, blocks.shape[1])
     causal = annealed_mask(blocks.shape[1], 0.0, dtype=model.dtype, device=model.device)
     means = _token_means(model, blocks, blocks, default_maskable(blocks), causal, batch_size, precision, progress)
-    return _estimate(means, tokenizer, blocks)
+    return _estimate(means, tokenizer, blocks, documents)
 
 
 def _token_means(model, tokens, noised, masked, attention_mask, batch_size, precision, progress=False) -> Tensor:
     """The mean -log p over each sequence's masked tokens: `[N]` float64 on the CPU."""
-    room = getattr(model.config, "max_position_embeddings", tokens.shape[1])
-    if tokens.shape[1] > room:
-        raise ValueError(f"blocks of {tokens.shape[1]} tokens are longer than the model's {room} positions")
-    was_training = model.training
-    model.eval()
     means = []
     pieces = list(zip(tokens.split(batch_size), noised.split(batch_size), masked.split(batch_size), strict=True))
     for piece in tqdm(pieces, "scoring", leave=False, disable=not progress):
         x0, xt, hidden = (part.to(model.device) for part in piece)
-        with autocast(model.device, precision):
+        with eval_mode(model), autocast(model.device, precision):
             ones = torch.ones(len(x0), device=model.device)
             loss = diffusion_loss(model, x0, xt, hidden, ones, attention_mask=attention_mask)
         rows = hidden.nonzero()[:, 0]
@@ -172,25 +192,42 @@ def _token_means(model, tokens, noised, masked, attention_mask, batch_size, prec
             0, rows, loss.token_nll.double()
         )
         means.append((sums / hidden.sum(1)).cpu())
-    model.train(was_training)
     return torch.cat(means)
 
 
-def _estimate(means: Tensor, tokenizer: PreTrainedTokenizerBase, blocks: Tensor) -> Estimate:
+def _estimate(
+    means: Tensor, tokenizer: PreTrainedTokenizerBase, blocks: Tensor, documents: np.ndarray | None
+) -> Estimate:
     text = tokenizer.batch_decode(blocks[:, 1:], skip_special_tokens=True)
     num_bytes = sum(len(piece.encode("utf-8", "replace")) for piece in text)
-    return Estimate(means.numpy(), blocks[:, 1:].numel(), num_bytes)
+    return Estimate(means.numpy(), blocks[:, 1:].numel(), num_bytes, documents)
 
 
 def stack(blocks: Sequence[Tensor] | Tensor) -> Tensor:
+    """`[N, L]` on the CPU, of a sequence of `[L]`."""
     blocks = blocks if isinstance(blocks, Tensor) else torch.stack([blocks[i] for i in range(len(blocks))])
     return blocks.cpu()
 
 
+def documents_of(blocks: Sequence[Tensor] | Tensor) -> np.ndarray | None:
+    """`[N]` the document that each of `Blocks` lies in; None for a tensor, which does not know."""
+    return getattr(blocks, "documents", None)
+
+
 def paired_difference(first: Estimate, second: Estimate) -> tuple[float, float]:
-    """first - second on the same blocks, in nats per token, and its standard error."""
+    """first - second on the same blocks, in nats per token, and its standard error (see `standard_error`).
+
+    Raises:
+        ValueError: the two were not measured on the same blocks.
+    """
+    known = [x.documents for x in (first, second) if x.documents is not None]
+    if len(first.per_block) != len(second.per_block) or not all(np.array_equal(known[0], x) for x in known):
+        raise ValueError(
+            f"a paired difference needs two estimates on the same blocks, got {len(first.per_block)} and "
+            f"{len(second.per_block)} blocks" + " of other documents" * (len(first.per_block) == len(second.per_block))
+        )
     difference = first.per_block - second.per_block
-    return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference)))
+    return float(difference.mean()), standard_error(difference, known[0] if known else None)
 
 
 # ------------------------------------------------------------------------------------- by the fraction hidden
@@ -204,19 +241,23 @@ class Restored:
     times: tuple[float, ...]
     nll: np.ndarray  # [T, N] nats per hidden token
     accuracy: np.ndarray  # [T, N] fraction of the hidden tokens that were the most probable ones
+    documents: np.ndarray | None = None  # [N] equal for blocks of the same document; None where it is not known
 
     def mean(self, what: str) -> tuple[np.ndarray, np.ndarray]:
         """Mean over blocks of "nll" or "accuracy" at each time, and its standard error: `[T]` each."""
-        return _mean_and_error(getattr(self, what))
+        return _means_and_errors(getattr(self, what), self.documents)
 
     def difference(self, other: Restored, what: str) -> tuple[np.ndarray, np.ndarray]:
         """self - other on the same blocks: the mean at each time, and the standard error of the paired difference."""
-        return _mean_and_error(getattr(self, what) - getattr(other, what))
+        return _means_and_errors(getattr(self, what) - getattr(other, what), self.documents)
 
 
-def _mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    count = (~np.isnan(values)).sum(-1)
-    return np.nanmean(values, -1), np.nanstd(values, -1, ddof=1) / np.sqrt(count)
+def _means_and_errors(values: np.ndarray, documents: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    errors = []
+    for row in values:
+        known = ~np.isnan(row)
+        errors.append(standard_error(row[known], None if documents is None else documents[known]))
+    return np.nanmean(values, -1), np.array(errors)
 
 
 TIMES = (0.05, 0.15, 0.25, 0.4, 0.6, 0.8, 1.0)
@@ -248,23 +289,21 @@ def by_time(
     """
     if not times or not all(0 < t <= 1 for t in times):
         raise ValueError(f"times are probabilities above 0 and at most 1, got {list(times)}")
-    blocks, mask_id = stack(blocks), mask_id_of(model)
+    documents, blocks, mask_id = documents_of(blocks), stack(blocks), mask_id_of(model)
     causal = None
     if mask_id is None:
         causal = annealed_mask(blocks.shape[1], 0.0, dtype=model.dtype, device=model.device)
-    was_training = model.training
-    model.eval()
+    check_fits(model, tokenizer, blocks.shape[1])
     results = []
     for t in times:
         coins = torch.rand(blocks.shape, generator=seeded(seed, 0, "by time"))
         hidden = (coins < t) & default_maskable(blocks)
         read = blocks if mask_id is None else torch.where(hidden, mask_id, blocks)
         pieces = zip(blocks.split(batch_size), read.split(batch_size), hidden.split(batch_size), strict=True)
-        with autocast(model.device, precision):
+        with eval_mode(model), autocast(model.device, precision):
             results.append(torch.cat([_restored(model, *piece, causal) for piece in pieces], -1))  # [2, N]
-    model.train(was_training)
     nll, accuracy = torch.stack(results, 1).numpy()
-    return Restored(tuple(times), nll, accuracy)
+    return Restored(tuple(times), nll, accuracy, documents)
 
 
 def _restored(model, tokens: Tensor, read: Tensor, hidden: Tensor, causal: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
     pip install -r requirements-eval.txt
     python -m dalm_utils.harness --model dalm_diffusion --model_args path=FOLDER --tasks lambada_openai,hellaswag
 
-is the harness's own command line, with one more model; task files of your own go with --include_path.  In Python:
+is the harness's own command line, with one more model; --include_path adds task files of your own. In Python:
 `lm_eval.simple_evaluate(model=register()(path=FOLDER), tasks=[...])`.
 """
 
@@ -18,36 +18,37 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .backbone import begin_id, encode, load_diffusion
+from .backbone import load_diffusion, max_length
 from .evaluation import continuation_nelbo
 from .sampling import generate
+from .tokens import begin_id, decode, encode
 
 
 @dataclass
 class Responder:
     """Answers the harness's three kinds of request, given as tuples, with a diffusion model.
 
-    A likelihood is `continuation_nelbo` with its sign turned, in nats: an estimate of a lower bound on log p, which
-    draws the same masks for choices of one length.
+    A likelihood is `-continuation_nelbo`, in nats: an estimate of a lower bound on log p, with the same masks for all
+    choices of one length.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     num_samples: int = 32  # masks drawn for each likelihood
-    order: str = "confidence"  # in which text is written; see `generate`
-    steps: int | None = None  # of writing; None: one for each token
-    block_length: int | None = 32  # of writing, from left to right
-    batch_size: int = 1  # requests written at once; the masks of a likelihood always go together
-    max_length: int | None = None  # positions, the begin token included; None: as many as the model has
+    order: str = "confidence"  # in which tokens are revealed; see `generate`
+    steps: int | None = None  # of sampling; None: one for each token
+    block_length: int | None = 32  # texts are sampled in blocks of this many tokens, from left to right
+    batch_size: int = 8  # requests in one call of `generate`; a likelihood is a batch of its own, `num_samples` masks
+    max_length: int | None = None  # positions, the begin token included; None: as many as the model can see
     seed: int = 0
     precision: str = "auto"
 
     def __post_init__(self):
-        positions = self.model.config.max_position_embeddings
+        positions = max_length(self.model)
         self.room = min(self.max_length or positions, positions) - 1
 
     def loglikelihood(self, requests: list[tuple[str, str]]) -> list[tuple[float, bool]]:
-        """Of each (context, continuation): log p, and whether greedy decoding writes the continuation.
+        """Of each (context, continuation): log p, and whether greedy decoding gives the continuation.
 
         Raises:
             ValueError: a continuation without a token, or longer than the model; longer contexts lose their beginning.
@@ -57,35 +58,42 @@ class Responder:
         return list(zip(scores, self._are_greedy(pairs), strict=True))
 
     def loglikelihood_rolling(self, requests: list[tuple[str]]) -> list[float]:
-        """Of each (text,): log p, in windows as long as the model; the last sees as much before it as fits."""
+        """Of each (text,): log p, in windows as long as the model; the last is preceded by as much as fits."""
         texts = encode(self.tokenizer, [text for (text,) in requests])
         return [self._rolling(ids) for ids in tqdm(texts, "likelihoods of whole texts")]
 
     def generate_until(self, requests: list[tuple[str, dict]]) -> list[str]:
-        """Of each (context, options): what is written after it, up to the first stop string or end token.
+        """Of each (context, options): the text that follows, up to the first stop string or end token.
 
-        Options are `max_gen_toks`, the length that is masked at the start; `until`, a list of stop strings; and
-        `temperature`, `top_p`, `top_k`, greedy if not given.
+        Options are `max_gen_toks`, the number of tokens that are masked at the start; `until`, a list of stop strings;
+        and `temperature`, `top_p`, `top_k`, greedy if not given or None.
 
         Raises:
-            ValueError: more tokens to write than the model has positions.
+            ValueError: more tokens than the model has positions.
         """
-        written: list[str] = []
-        bar = tqdm(total=len(requests), desc="writing")
+        texts: list[str] = []
+        bar = tqdm(total=len(requests), desc="sampling")
         for options, group in itertools.groupby(requests, key=lambda request: request[1]):
             contexts = [context for context, _ in group]
             for start in range(0, len(contexts), self.batch_size):
                 batch = contexts[start : start + self.batch_size]
-                written += self._write(batch, options, self.seed + len(written))
+                texts += self._continue(batch, options, self.seed + len(texts))
                 bar.update(len(batch))
         bar.close()
-        return written
+        return texts
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """As the harness does for AR models: spaces go with the word after them, and both are tokenised as one."""
+        """As the harness does for AR models: spaces go with the word after them, and both are tokenised as one.
+
+        Where the first letters of the continuation are in one token with the end of the context, the continuation is
+        tokenised by itself.
+        """
         stripped = context.rstrip()
         before, whole = encode(self.tokenizer, [stripped, context + continuation])
         after = whole[len(before) :]
+        if whole[: len(before)] != before:
+            rest = context[len(stripped) :] + continuation
+            after = encode(self.tokenizer, [rest], inside=bool(before))[0]
         if len(after) > self.room:
             raise ValueError(
                 f"the continuation {continuation[:60]!r} has {len(after)} tokens; {self.room} fit the model"
@@ -108,30 +116,33 @@ class Responder:
         for start in tqdm(range(0, len(pairs), self.batch_size), "greedy decoding"):
             batch = pairs[start : start + self.batch_size]
             parts = [[torch.tensor(before, dtype=torch.long), len(after)] for before, after in batch]
+            expected = [[begin_id(self.tokenizer), *before, *after] for before, after in batch]
             options = dict(order=self.order, temperature=0, precision=self.precision)
-            tokens = generate(self.model, self.tokenizer, parts=parts, **options).tokens.tolist()
-            for row, (before, after) in zip(tokens, batch, strict=True):
-                answers.append(row[1 + len(before) : 1 + len(before) + len(after)] == after)
+            samples = generate(self.model, self.tokenizer, parts=parts, expected=expected, **options)
+            rows = zip(samples.tokens.tolist(), expected, strict=True)
+            answers += [row[: len(wanted)] == wanted for row, wanted in rows]
         return answers
 
-    def _write(self, contexts: list[str], options: dict, seed: int) -> list[str]:
+    def _continue(self, contexts: list[str], options: dict, seed: int) -> list[str]:
         length = options["max_gen_toks"]
         if length >= self.room:
-            raise ValueError(f"cannot write max_gen_toks={length} tokens: at most {self.room - 1} fit beside a context")
+            raise ValueError(
+                f"cannot generate max_gen_toks={length} tokens: at most {self.room - 1} fit beside a context"
+            )
         before = [ids[max(0, len(ids) + length - self.room) :] for ids in encode(self.tokenizer, contexts)]
         parts = [[torch.tensor(ids, dtype=torch.long), length] for ids in before]
         how = {name: options[name] for name in ("top_p", "top_k") if options.get(name)}
         tokens = generate(
             self.model, self.tokenizer, parts=parts, order=self.order, steps=self.steps, block_length=self.block_length,
-            temperature=options.get("temperature", 0.0), stop_at_end=True, seed=seed,
+            temperature=options.get("temperature") or 0.0, stop_at_end=True, seed=seed,
             precision=self.precision, **how,
         ).tokens.tolist()  # fmt: skip
         rows = [row[1 + len(ids) : 1 + len(ids) + length] for row, ids in zip(tokens, before, strict=True)]
-        return [self._cut(row, options.get("until") or []) for row in rows]
+        return [self._text(row, ids, options.get("until") or []) for row, ids in zip(rows, before, strict=True)]
 
-    def _cut(self, tokens: list[int], until: list[str]) -> str:
+    def _text(self, tokens: list[int], before: list[int], until: list[str]) -> str:
         end = begin_id(self.tokenizer)
-        text = self.tokenizer.decode(tokens[: tokens.index(end)] if end in tokens else tokens, skip_special_tokens=True)
+        text = decode(self.tokenizer, tokens[: tokens.index(end)] if end in tokens else tokens, before)
         for stop in until:
             text = text.split(stop)[0] if stop else text
         return text
@@ -150,7 +161,11 @@ def register() -> type:
 
     @register_model("dalm_diffusion")
     class DiffusionLM(LM):
-        """`path` names a model that `load_diffusion` reads; other arguments are fields of `Responder`."""
+        """`path` is a model that `load_diffusion` reads; other arguments are fields of `Responder`.
+
+        The harness passes a batch size of 1 unless it is given another; both 1 and "auto" mean the default of
+        `Responder`, whose answers do not depend on it.
+        """
 
         def __init__(self, path, device="auto", batch_size=1, max_batch_size=None, **options):
             super().__init__()
@@ -158,8 +173,9 @@ def register() -> type:
                 device = "auto"  # the command line asks for CUDA unless told otherwise
             model, tokenizer = load_diffusion(path, device=device)
             self._device = model.device
-            batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)
-            self.responder = Responder(model, tokenizer, batch_size=batch_size, **options)
+            if str(batch_size) not in ("1", "None") and not str(batch_size).startswith("auto"):
+                options["batch_size"] = int(batch_size)
+            self.responder = Responder(model, tokenizer, **options)
 
         def loglikelihood(self, requests):
             return self.responder.loglikelihood([request.args for request in requests])

@@ -1,4 +1,4 @@
-"""Everything as wide as the vocabulary, a chunk of rows at a time: logits, cross entropies and their gradients.
+"""All vocabulary-sized computations, a chunk of rows at a time: logits, cross entropies and their gradients.
 
 V tokens, D hidden dimensions, M predictions. No `[M, V]` tensor of all predictions ever exists.
 """
@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # logits held at once: what fits a CPU's cache, what keeps a GPU busy
+CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # logits held at once: they fit a CPU's cache, or keep a GPU busy
 
 
 def chunk_rows(weight: Tensor) -> int:
-    """How many rows of logits to hold at once, for a head `[V, D]`; smaller matrix products would be slow."""
+    """How many rows of logits to hold at once for a head `[V, D]`: at least 256, since smaller products are slow."""
     return max(256, CHUNK_ELEMENTS[weight.device.type] // len(weight))
 
 
@@ -25,10 +25,10 @@ def mask_id_of(model: nn.Module) -> int | None:
 
 
 def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
-    """Logits `[..., V]` of hidden states `[..., D]`, in float32 or wider; [MASK] is never predicted.
+    """Logits `[..., V]` of hidden states `[..., D]`, in float32 or wider; [MASK] gets -inf.
 
     The head runs in the dtype of its weights, even under autocast: an AR model's logits are around -100, where
-    bfloat16 is spaced by 0.5, and rounding there changes likelihoods and creates ties.
+    bfloat16 has a spacing of 0.5, and rounding there changes likelihoods and creates ties.
     """
     head = model.get_output_embeddings()
     with _without_autocast(hidden):
@@ -46,7 +46,7 @@ def weighted_nll(
     teacher_hidden: Tensor | None = None,
     teacher_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`sum_i weight_i * cross entropy_i`, a scalar with a gradient, and each token's -log p `[M]` without one, in nats.
+    """`sum_i weight_i * cross entropy_i`, a scalar, and each token's -log p `[M]` without a gradient, in nats.
 
     The target at i is the token, or with a teacher `(1 - w) * token + w * softmax(teacher's logits)`.
 
@@ -54,13 +54,13 @@ def weighted_nll(
         hidden: `[M, D]`, the states that predict.
         targets: `[M]` long, the tokens to predict.
         weights: `[M]` float32. Where a weight is 0, so is the gradient.
-        teacher: a frozen causal LM with the same tokens; [MASK] may be missing in it.
+        teacher: a frozen causal LM with the same vocabulary, except perhaps for [MASK].
         teacher_hidden: `[M, D']`, its states that predict the same tokens.
         teacher_weight: w, a float32 scalar in [0, 1] on the device of `hidden`.
     """
     head = model.get_output_embeddings()
     needs_grad = torch.is_grad_enabled()
-    dtype = _matmul_dtype(hidden) if needs_grad else head.weight.dtype  # scores are computed as in `logits_of`
+    dtype = _matmul_dtype(hidden) if needs_grad else head.weight.dtype  # scores are as in `logits_of`
     teaching = None if teacher is None else (teacher_hidden, teacher.get_output_embeddings(), teacher_weight)
     with _without_autocast(hidden):
         return _WeightedNLL.apply(
@@ -69,10 +69,10 @@ def weighted_nll(
 
 
 class _WeightedNLL(torch.autograd.Function):
-    """The gradient of a chunk, (softmax - target) * weight, is known as soon as its softmax is.
+    """Computes gradients in the forward pass.
 
-    So the forward pass computes it and forgets the logits; the backward pass only scales it. This is exact, and cheaper
-    than computing the logits twice.
+    A chunk's gradient, (softmax - target) * weight, follows from its softmax, so the logits need not be kept; the
+    backward pass only scales it. This is exact, and cheaper than computing the logits twice.
     """
 
     @staticmethod
@@ -89,15 +89,16 @@ class _WeightedNLL(torch.autograd.Function):
             source, target = hidden[part].to(dtype), targets[part, None]  # [m, D], [m, 1]
             logits = _widen(F.linear(source, matrix, None if bias is None else bias.to(dtype)))  # [m, V]
             if teaching is not None:
-                teacher_probs, teacher_weight = _teacher_probs(part, mask_id, dtype, *teaching)  # [m, V'], V' <= V
-                expected = (teacher_probs * logits[:, : teacher_probs.shape[1]]).sum(-1)  # before [MASK] becomes -inf
+                teacher_hidden, teacher_head, teacher_weight = teaching
+                teacher_probs = _teacher_probs(teacher_hidden[part], mask_id, dtype, teacher_head)  # [m, V'], V' <= V
+                expected = (teacher_probs * logits[:, : teacher_probs.shape[1]]).sum(-1)  # before [MASK] is -inf
             logits = _forbid(logits, mask_id)
             log_total, target_logit = logits.logsumexp(-1, keepdim=True), logits.gather(-1, target)  # [m, 1]
             nll[part] = (log_total - target_logit)[:, 0]
             if teaching is not None:
                 loss[part] = nll[part] + teacher_weight * (target_logit[:, 0] - expected)
             if needs_grad:
-                grad_logits = logits.sub_(log_total).exp_()  # softmax [m, V], minus the target:
+                grad_logits = logits.sub_(log_total).exp_()  # softmax [m, V]; the lines below subtract the target
                 if teaching is None:
                     grad_logits.scatter_add_(-1, target, torch.full_like(log_total, -1.0))
                 else:
@@ -106,7 +107,7 @@ class _WeightedNLL(torch.autograd.Function):
                 grad_logits = grad_logits.mul_(weights[part, None]).to(dtype)
                 grad_hidden[part] = grad_logits @ matrix
                 if dtype == grad_weight.dtype:
-                    grad_weight.addmm_(grad_logits.T, source)  # no second [V, D]
+                    grad_weight.addmm_(grad_logits.T, source)  # without another [V, D]
                 else:
                     grad_weight += _head_gradient(grad_logits, source, weights[part])
                 if grad_bias is not None:
@@ -114,13 +115,15 @@ class _WeightedNLL(torch.autograd.Function):
         ctx.grads = grad_hidden, grad_weight, grad_bias
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(nll)
-        return (loss * weights).sum(), nll
+        return (loss.masked_fill(weights == 0, 0.0) * weights).sum(), nll  # an unused place may have an infinite NLL
 
     @staticmethod
     def backward(ctx, grad_total, _):
         if ctx.grads is None:
-            raise RuntimeError("this loss was differentiated before and its gradients were not kept; compute it again")
-        grads, ctx.grads = ctx.grads, None  # scaled in place: the head's gradient is as large as the head
+            raise RuntimeError(
+                "backward was called on this loss before, and its gradients were not kept; compute it again"
+            )
+        grads, ctx.grads = ctx.grads, None  # scaled in place, without another [V, D]
         grads = [None if grad is None else grad.mul_(grad_total) for grad in grads]
         grads = [grad if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
         return *grads, None, None, None, None, None, None
@@ -129,7 +132,7 @@ class _WeightedNLL(torch.autograd.Function):
 def _head_gradient(grad_logits: Tensor, source: Tensor, weights: Tensor) -> Tensor:
     """`grad_logits^T source`, `[V, D]`, without leaving the range of float16.
 
-    A sum over weights of 1/t can overflow float16, and the loss scale is applied too late to prevent it. No entry of a
+    A sum over weights of 1/t can overflow float16, and the loss scale is applied only after this sum. No entry of a
     row exceeds the row's weight, so scaling the source down beforehand, by a power of two, bounds the sum.
     """
     if grad_logits.dtype != torch.float16:
@@ -139,11 +142,11 @@ def _head_gradient(grad_logits: Tensor, source: Tensor, weights: Tensor) -> Tens
     return (grad_logits.T @ (source * scale)).float().div_(scale)
 
 
-def _teacher_probs(part: slice, mask_id, dtype, hidden: Tensor, head: nn.Module, weight: Tensor):
-    """The teacher's softmax for a chunk, `[m, V']` with nothing for [MASK], and its weight."""
+def _teacher_probs(hidden: Tensor, mask_id: int | None, dtype: torch.dtype, head: nn.Module) -> Tensor:
+    """The teacher's softmax for a chunk of its hidden states, `[m, V']`, with 0 for [MASK]."""
     bias = None if head.bias is None else head.bias.to(dtype)
-    logits = F.linear(hidden[part].to(dtype), head.weight.to(dtype), bias)
-    return _forbid(_widen(logits), mask_id).softmax(-1), weight
+    logits = F.linear(hidden.to(dtype), head.weight.to(dtype), bias)
+    return _forbid(_widen(logits), mask_id).softmax(-1)
 
 
 def _forbid(logits: Tensor, mask_id: int | None) -> Tensor:
@@ -157,7 +160,7 @@ def _widen(logits: Tensor) -> Tensor:
 
 
 def _matmul_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which a matrix product of this tensor would run here, under autocast or not."""
+    """The dtype in which a matrix product of this tensor would run here, taking autocast into account."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if _is_autocast(kind) else tensor.dtype
 
@@ -167,6 +170,6 @@ def _is_autocast(kind: str) -> bool:
 
 
 def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """A context in which matrix products run in the dtype of their factors."""
+    """A context in which matrix products run in the dtype of their inputs."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if _is_autocast(kind) else contextlib.nullcontext()

@@ -51,13 +51,13 @@ class History:
         if self.behind:
             self.save()
         else:
-            with self._reporting(), self.path.open("a") as file:
+            with self._reporting(self.path), self.path.open("a") as file:
                 file.write(_line(record))
 
     def save(self) -> None:
         """Make the file hold exactly `records`. A disk that refuses is reported, as by `append`."""
         if self.path is not None:
-            with self._reporting():
+            with self._reporting(self.path):
                 self.write(self.path)
 
     def write(self, path: Path) -> None:
@@ -65,13 +65,13 @@ class History:
         write_file(path, "".join(map(_line, self.records)))
 
     @contextlib.contextmanager
-    def _reporting(self) -> Iterator[None]:
+    def _reporting(self, path: Path) -> Iterator[None]:
         try:
             yield
             self.behind = False
         except OSError as error:
             if not self.behind:
-                warn(f"history.jsonl could not be written ({error.strerror}); its records are kept in memory")
+                warn(f"{path.name} could not be written ({error.strerror}); its records are kept in memory")
             self.behind = True
 
     def series(self, key: str, x: str = "step") -> tuple[list, list]:
@@ -95,7 +95,7 @@ class History:
         return sum(values) / len(values)
 
     def tokens_until(self, key: str, value: float) -> float | None:
-        """The number of tokens after which `key` first fell to `value`, interpolated linearly; None if it never did."""
+        """How many tokens it took until `key` fell to `value`, by linear interpolation; None if it never did."""
         tokens, values = self.series(key, "tokens")
         for i, reached in enumerate(values):
             if reached <= value:

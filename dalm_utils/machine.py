@@ -1,4 +1,4 @@
-"""The machine: which device, which precision, and how memory and tensors are handled there."""
+"""The machine: device, precision, and how memory and tensors are handled there."""
 
 from __future__ import annotations
 
@@ -9,17 +9,28 @@ import os
 import torch
 from torch import Tensor
 
+DEVICES = ("cpu", "cuda")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the matrix products
 
 
 def pick_device(device: str | torch.device | None = "auto") -> torch.device:
-    """`auto` takes CUDA where there is one. Raises RuntimeError if CUDA is asked for and missing."""
+    """A device that works here; `auto` and None take CUDA where there is one.
+
+    Raises:
+        ValueError: neither a CPU nor a CUDA device: sampling draws in float64, and no other kind has been tested.
+        RuntimeError: a CUDA device that is not there.
+    """
     if device in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    kind, _, number = str(device).partition(":")
+    if kind not in DEVICES or (number and not number.isdecimal()):
+        raise ValueError(f"no support for the device {str(device)!r}; choose one of auto, {', '.join(DEVICES)}")
+    seen = torch.cuda.device_count()
+    if kind == "cuda" and int(number or 0) >= seen:
         raise RuntimeError(
-            "this run wants CUDA (device='cuda'), but torch sees no CUDA device here. "
-            "Use the laptop profile (DALM_PROFILE=laptop), or device='cpu' with precision='auto'."
+            f"device={str(device)!r}, but torch sees {seen or 'no'} CUDA device{'s' * (seen != 1)} here. Use the "
+            "laptop profile (--profile laptop, or DALM_PROFILE=laptop), or a CPU: device=cpu precision=auto in a "
+            "terminal, device='cpu', precision='auto' in Python"
         )
     return torch.device(device)
 
@@ -32,24 +43,24 @@ def pick_precision(precision: str, device: torch.device) -> str:
         return "bf16" if _cpu_is_faster_in_bf16() else "fp32"
     if precision == "fp16" and device.type == "cpu":
         raise ValueError(
-            "precision fp16 needs CUDA: a CPU computes in it hundreds of times slower; use auto, bf16 or fp32"
+            "precision fp16 needs CUDA: a CPU computes in it hundreds of times slower; choose auto, bf16 or fp32"
         )
     return precision
 
 
 def _cpu_is_faster_in_bf16() -> bool:
-    """AMX multiplies in it many times faster, AMD's AVX-512 twice; Intel's AVX-512 half as fast as in fp32."""
+    """With AMX many times, with AMD's AVX-512 twice; Intel's AVX-512 is half as fast in bf16 as in fp32."""
     features = torch.cpu.get_capabilities()
     return bool(features.get("amx_bf16") or (features.get("avx512_bf16") and "AMD" in features["cpu_name"]))
 
 
 def keep_memory() -> None:
-    """Tell glibc, for the whole process, to keep what is freed, so that the next large tensor finds memory in place.
+    """Have glibc, for the whole process, keep freed memory for the next large tensor.
 
-    Otherwise it goes back to the kernel and comes again page by page, zeroed, at every step of a large model on a CPU.
-    Where there is no glibc nothing happens.
+    Otherwise it is returned to the kernel, which hands it out again page by page, zeroed, at every step of a large
+    model on a CPU. Does nothing without glibc.
     """
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # their numbers in malloc.h
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # as in malloc.h
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(m_mmap_max, 0)
@@ -58,7 +69,7 @@ def keep_memory() -> None:
 
 
 def describe() -> str:
-    """What a figure was measured on."""
+    """The processor, its threads and bf16 instructions, the GPU and the version of torch: goes with a measurement."""
     features = torch.cpu.get_capabilities()
     bf16 = ", ".join(name for name in ("avx512_bf16", "amx_bf16") if features.get(name)) or "no bf16 instructions"
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
@@ -67,8 +78,8 @@ def describe() -> str:
     return f"{cores}, {features['cpu_name']} ({bf16}){gpu}, torch {torch.__version__}"
 
 
-def autocast(device: torch.device, precision: str = "auto"):
-    """A context in which matrix products run in `precision`; nothing for fp32."""
+def autocast(device: torch.device, precision: str = "auto") -> contextlib.AbstractContextManager:
+    """A context in which matrix products run in `precision`; for fp32 it changes nothing."""
     precision = pick_precision(precision, device)
     if precision == "fp32":
         return contextlib.nullcontext()
@@ -76,7 +87,7 @@ def autocast(device: torch.device, precision: str = "auto"):
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """From the CPU to a device, without waiting for it: a GPU copies from pinned memory while it computes."""
+    """Copy from the CPU to a device without waiting: a GPU reads pinned memory while it computes."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

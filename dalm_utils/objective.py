@@ -23,8 +23,8 @@ from .head import weighted_nll
 def seeded(seed: int, step: int, purpose: str) -> torch.Generator:
     """A CPU generator that depends on nothing but its arguments.
 
-    Every draw of a run comes from one of these, so an interrupted run, or one spread over more processes,
-    sees the same noise as any other.
+    Every draw of a run comes from one of these, so interrupting a run, or changing the number of its processes, does
+    not change its noise.
     """
     digest = hashlib.blake2b(f"{seed}/{step}/{purpose}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
@@ -40,8 +40,8 @@ def sample_times(
 ) -> Tensor:
     """Diffusion times, one per sequence, uniform on [eps, 1].
 
-    `stratified` cuts [eps, 1] into `batch` equal strata and draws once in each, in random order: every
-    time is still uniform, but a batch never lacks early or late ones. `uniform` draws independently.
+    `stratified` cuts [eps, 1] into `batch` equal strata, draws once in each, and shuffles: each time by itself is
+    still uniform, but a batch never lacks early or late ones. `uniform` draws independently.
 
     Returns:
         `[B]` float32.
@@ -99,16 +99,16 @@ def corrupt(
 class Batch:
     """Noised sequences and the tokens to predict in them.
 
-    Only the first `count` places are real. `padded` adds places of weight 0, which change no loss and no gradient, so
-    that every batch of a run has the same shapes.
+    Only the first `count` places are real. `padded` adds places of weight 0, which change neither loss nor gradient,
+    so that every batch of a run has the same shapes.
     """
 
     noised: Tensor  # [B, L] long, what the model reads
-    tokens: Tensor  # [B, L] long, the clean text, which a teacher reads
+    tokens: Tensor  # [B, L] long, the clean text (read by a teacher)
     places: Tensor  # [K] long, flat indices b * L + i of the tokens to predict, in order
     targets: Tensor  # [K] long, those tokens
     weights: Tensor  # [K] float32, 1/t
-    normalizer: Tensor  # scalar, what the sum over places is divided by; of the global batch
+    normalizer: Tensor  # scalar: the divisor, counted over the global batch
     count: int
 
     @classmethod
@@ -119,7 +119,7 @@ class Batch:
         return cls(noised, tokens, places, tokens.flatten()[places], weights, normalizer.float(), len(places))
 
     def rows(self, start: int, stop: int) -> Batch:
-        """The part of the batch in some of its sequences, with the normalizer of the whole."""
+        """Sequences start to stop of a batch on the CPU; the normalizer stays that of the whole batch."""
         length = self.tokens.shape[1]
         first, last = torch.searchsorted(self.places, torch.tensor([start * length, stop * length])).tolist()
         part = slice(first, last)
@@ -129,7 +129,7 @@ class Batch:
         )  # fmt: skip
 
     def padded(self, capacity: int) -> Batch:
-        """The same batch with K = capacity. Raises ValueError if it has more places than that."""
+        """The same batch, padded to `capacity` places. Raises ValueError if it has more than that."""
         unused = capacity - len(self.places)
         if unused < 0:
             raise ValueError(f"{len(self.places)} places do not fit into {capacity}")
@@ -137,7 +137,7 @@ class Batch:
         def pad(tensor: Tensor, value: int) -> Tensor:
             return torch.cat([tensor, tensor.new_full((unused,), value)])
 
-        # An unused place stands at position 1, so that under the shift, too, some state predicts it.
+        # Padding uses position 1, since under the shift no state predicts position 0.
         return dataclasses.replace(
             self, places=pad(self.places, 1), targets=pad(self.targets, 0), weights=pad(self.weights, 0)
         )
@@ -147,24 +147,25 @@ class Batch:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def map(self, change) -> Batch:
-        """The batch with `change` applied to every tensor, for instance to move them to a device."""
+        """The batch with `change` applied to every tensor, for instance to move it to a device."""
         return dataclasses.replace(self, **{name: change(tensor) for name, tensor in self.tensors().items()})
 
 
-def place_capacity(rows: int, maskable: int, *, stratified: bool) -> int:
-    """A number of places K that a draw exceeds about once in 10^9 steps, rounded up to whole 256s.
+def place_capacity(rows: int, maskable: int, *, stratified: bool, eps: float = 1e-3) -> int:
+    """A number of places K that about one draw in 10^9 exceeds, rounded up to a multiple of 256.
 
-    The mean number of masked tokens plus six standard deviations. The variance is that of the coins,
-    rows * n * E[t(1 - t)], and of the times: n^2 Var(t), which for stratified times is smaller by rows^2.
+    The mean number of masked tokens plus six standard deviations. The variance is the sum of the coins',
+    rows * n * E[t(1 - t)], and the times', rows * n^2 * Var(t), which for stratified times is smaller by rows^2.
 
     Args:
         rows: sequences in the batch.
         maskable: n, maskable tokens in each.
         stratified: whether the batch's times are stratified among themselves.
+        eps: the smallest time.
     """
     coins, times = rows * maskable / 6, rows * maskable**2 / 12
     deviation = math.sqrt(coins + times / (rows**2 if stratified else 1))
-    wanted = rows * maskable / 2 + 6 * deviation + 1
+    wanted = rows * maskable * (1 + eps) / 2 + 6 * deviation + 1
     return 256 * math.ceil(min(wanted, rows * maskable) / 256)
 
 
@@ -174,7 +175,7 @@ class DiffusionLoss:
     """The loss of one batch, in nats."""
 
     loss: Tensor  # scalar with a gradient: sum over places of weight * cross entropy, divided by the normalizer
-    nll: Tensor  # scalar without: the same with the token alone as target; equal unless there is a teacher
+    nll: Tensor  # scalar without a gradient: the same with the token alone as target; equals loss without a teacher
     token_nll: Tensor  # [K] -log p of each token to predict, in the order of masked.nonzero()
     num_masked: int
 
@@ -197,7 +198,7 @@ def diffusion_loss(
 
     With `normalize="maskable"` N counts the maskable tokens: an unbiased estimate of the negative ELBO
     per token (arXiv 2406.03736, equation 8). `"masked"` divides by the number of masked tokens, as the code
-    released with arXiv 2410.17891 does; that is not a bound and depends on the batch size.
+    released with arXiv 2410.17891 does; the result is not a bound and depends on the batch size.
 
     Args:
         tokens, noised: `[B, L]` long; masked: `[B, L]` bool; times: `[B]`.
@@ -214,7 +215,7 @@ def diffusion_loss(
     shift = getattr(model.config, "shift", True) if shift is None else shift
     if (shift or teacher is not None) and bool(masked[:, 0].any()):
         raise ValueError(
-            "position 0 is masked, but under the shift, and by a teacher, it is predicted nowhere; "
+            "position 0 is masked, but nothing predicts it under the shift or by a teacher; "
             "start each sequence with a begin token"
         )
     maskable = default_maskable(tokens) if maskable is None else maskable
@@ -235,10 +236,10 @@ def batch_loss(
     teacher: nn.Module | None = None,
     teacher_weight: Tensor | None = None,
 ) -> DiffusionLoss:
-    """The loss of a batch that is on the model's device; nothing here waits for that device.
+    """The loss of a batch that is already on the model's device. Nothing here waits for that device.
 
     Args:
-        attention_mask: additive `[1, 1, L, L]`, or None: then the model attends as it does by itself.
+        attention_mask: additive `[1, 1, L, L]`, or None: then the model uses its own attention.
         shift: None takes the model's own setting.
         teacher: the AR model that `model` was made from, frozen. The target at i is then
             `(1 - w) * token + w * teacher's prediction of token i from the clean text before it`.
@@ -253,7 +254,7 @@ def batch_loss(
     # 3. The teacher reads the clean sequences, causally, and predicts the same tokens.
     teacher_hidden = None
     if teacher is not None:
-        with torch.no_grad():  # the mask is what the teacher does anyway; without one transformers waits for the GPU
+        with torch.no_grad():  # without an explicit mask, transformers waits for the GPU to look for padding
             causal = annealed_mask(batch.tokens.shape[1], 0.0, dtype=teacher.dtype, device=batch.tokens.device)
             teacher_hidden = hidden_states(teacher, batch.tokens, causal)
             teacher_hidden = predicting_states(teacher, teacher_hidden, batch.places)  # [K, D']
@@ -264,6 +265,6 @@ def batch_loss(
         teacher=teacher, teacher_hidden=teacher_hidden, teacher_weight=teacher_weight,
     )  # fmt: skip
 
-    # 5. Divide by a count that does not depend on how the batch is split.
-    nll = total.detach() if teacher is None else (token_nll * batch.weights).sum()
+    # 5. Divide by the global count, which does not depend on how the batch is split.
+    nll = total.detach() if teacher is None else (token_nll.masked_fill(batch.weights == 0, 0) * batch.weights).sum()
     return DiffusionLoss(total / batch.normalizer, nll / batch.normalizer, token_nll, batch.count)

@@ -1,4 +1,4 @@
-"""What exists only because there may be several processes: agreeing, sharding, and leaving in order."""
+"""Everything that is needed only for several processes: agreement, sharding, and shutdown."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ KINDS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GP
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
-    """An accelerator for one run, with nothing that its config does not say.
+    """An accelerator for one run, configured by `config` alone.
 
-    accelerate reads settings from the environment, too (ACCELERATE_*, set by hand or by a launcher's defaults). What
-    changes the curve is given here, so that it does not apply.
+    accelerate also reads settings from the environment (ACCELERATE_*, set by hand or by a launcher's defaults). Those
+    that affect training are passed explicitly here, which overrides them.
 
     Raises:
-        ValueError: a way to distribute that is not supported, a tracker that is not installed, or a device that the
+        ValueError: an unsupported way to distribute, a tracker that is not installed, or a device that the
             environment chose instead of the config.
         RuntimeError: CUDA is asked for and missing.
     """
     device = pick_device(config.device)
     precision = {"fp32": "no"}.get(name := pick_precision(config.precision, device), name)
-    if AcceleratorState._shared_state:  # an earlier call in this process may have asked for another machine
+    if AcceleratorState._shared_state:  # an earlier call in this process may have used another device or precision
         state = AcceleratorState()
         if (state.mixed_precision, state.device.type) != (precision, device.type):
             AcceleratorState._reset_state(reset_partial_state=state.num_processes == 1)
@@ -54,7 +54,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     available = [tracker.value for tracker in get_available_trackers()]
     for name in trackers:
         if name not in available:
-            raise ValueError(f"the tracker {name!r} is not installed here (pip install {name}); there are: {available}")
+            raise ValueError(f"the tracker {name!r} is not installed here (pip install {name}); available: {available}")
     accelerator = Accelerator(
         mixed_precision=precision, cpu=device.type == "cpu", log_with=trackers or None, project_dir=config.folder,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1), dynamo_backend="no",
@@ -79,12 +79,12 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def casting(accelerator: Accelerator, *, cache: bool = True) -> AutocastKwargs:
-    """How autocast keeps weights that it has cast. Under FSDP it must not: it would keep whole matrices of shards."""
+    """Whether autocast caches cast weights. Under FSDP it must not: the cache would keep gathered weights alive."""
     return AutocastKwargs(cache_enabled=cache and not is_sharded(accelerator))
 
 
 def on_main(accelerator: Accelerator, do: Callable):
-    """Do something on the main process alone; every process gets its result, or its error."""
+    """Do something on the main process alone; its result is returned, or its error raised, on every process."""
     outcome: list = [None, None]
     if accelerator.is_main_process:
         try:
@@ -100,7 +100,7 @@ def on_main(accelerator: Accelerator, do: Callable):
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether the flag is set on any process; all of them must ask."""
+    """Whether the flag is set on any process; must be called on all of them."""
     if accelerator.num_processes == 1:
         return flag
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)) > 0)
@@ -119,10 +119,13 @@ def prepare(accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.
 @contextlib.contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
     """Use the wrapped model outside of a training step: FSDP gathers the weights that lie in no block."""
-    if isinstance(module, FSDPModule):
-        module.unshard()
-    yield
-    if isinstance(module, FSDPModule):
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
         module.reshard()
 
 
@@ -176,7 +179,7 @@ def load_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, file: Pa
 
 
 # ------------------------------------------------------------------------------------------------- leaving
-_is_in_step = True  # False while training, and after an error ended it
+_ended_cleanly = True  # False while training, and after an error ended it
 
 
 @contextlib.contextmanager
@@ -191,12 +194,12 @@ def leave_group_at_exit() -> Iterator[None]:
     second group cannot be created with the launcher's store, which holds the addresses of the first. A group that
     existed before the block belongs to the script that created it.
     """
-    global _is_in_step
+    global _ended_cleanly
     creates = not distributed.is_initialized()
-    _is_in_step = False
+    _ended_cleanly = False
     try:
         yield
-        _is_in_step = True
+        _ended_cleanly = True
     finally:
         if creates and distributed.is_initialized():
             atexit.register(_leave_group)
@@ -212,7 +215,7 @@ def _leave_group() -> None:
     if not distributed.is_initialized():
         return
     error = getattr(sys, "last_value", None)
-    if (error is not None or not _is_in_step) and distributed.get_backend() != "gloo":
+    if (error is not None or not _ended_cleanly) and distributed.get_backend() != "gloo":
         return
     distributed.destroy_process_group()
     sys.last_traceback = None

@@ -16,12 +16,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .annealing import annealed_mask
-from .backbone import begin_id, hidden_states, predicting_states
-from .evaluation import ar_nll, stack
+from .backbone import check_fits, eval_mode, hidden_states, predicting_states
+from .evaluation import ar_nll, documents_of, stack, standard_error
 from .head import logits_of, mask_id_of
 from .machine import autocast
 from .objective import seeded
 from .sampling import draw, generate
+from .tokens import begin_id, unused_ids
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,12 @@ def text_quality(judge: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tok
 
     Args:
         tokens: `[N, L]` long, position 0 the begin token; samples, or real text to compare them with.
+
+    Raises:
+        ValueError: rows of fewer than two tokens after the begin token, which hold no pair.
     """
+    if tokens.shape[1] < 3:
+        raise ValueError(f"text quality needs at least 3 positions, the begin token among them, got {tokens.shape[1]}")
     rows = tokens[:, 1:].tolist()
     return TextQuality(
         perplexity=ar_nll(judge, tokenizer, tokens).perplexity,
@@ -64,21 +70,24 @@ class InfillQuality:
 
     per_block: dict[str, np.ndarray]  # [N] of each score; NaN where a gap holds no word, or pair of words, to compare
     filled: Tensor  # [N, gap] long: the tokens that the model generated
+    documents: np.ndarray | None = None  # [N] equal for blocks of the same document; None where it is not known
 
     @property
     def mean(self) -> dict[str, float]:
-        return {name: _mean_and_error(scores)[0] for name, scores in self.per_block.items()}
+        return {name: _mean_and_error(scores, self.documents)[0] for name, scores in self.per_block.items()}
 
     @property
     def stderr(self) -> dict[str, float]:
-        return {name: _mean_and_error(scores)[1] for name, scores in self.per_block.items()}
+        return {name: _mean_and_error(scores, self.documents)[1] for name, scores in self.per_block.items()}
 
 
-def _mean_and_error(scores: np.ndarray) -> tuple[float, float]:
-    """Of those that are defined; NaN where there are too few."""
-    defined = scores[~np.isnan(scores)]
-    mean = float(defined.mean()) if len(defined) else math.nan
-    return mean, float(defined.std(ddof=1)) / math.sqrt(len(defined)) if len(defined) > 1 else math.nan
+def _mean_and_error(scores: np.ndarray, documents: np.ndarray | None) -> tuple[float, float]:
+    """Of those that are defined, see `evaluation.standard_error`; NaN where there are too few."""
+    defined = ~np.isnan(scores)
+    if not defined.any():
+        return math.nan, math.nan
+    known = None if documents is None else documents[defined]
+    return float(scores[defined].mean()), standard_error(scores[defined], known)
 
 
 @torch.no_grad()
@@ -109,21 +118,20 @@ def infilling(
     Raises:
         ValueError: a gap that does not fit between a prefix and a suffix.
     """
-    blocks = stack(blocks)
+    documents, blocks = documents_of(blocks), stack(blocks)
     length = blocks.shape[1]
     if not 1 <= gap <= length - 3:
         raise ValueError(f"a gap in blocks of {length} tokens has 1 to {length - 3}, got {gap}")
+    check_fits(model, tokenizer, length)
     starts = torch.randint(2, length - gap, (len(blocks), 1), generator=seeded(seed, gap, "gaps"))
     columns = starts + torch.arange(gap)  # [N, gap]
     fill: Callable = _continue if mask_id_of(model) is None else partial(_fill, order=order)
-    was_training = model.training
-    model.eval()
     pieces = enumerate(zip(blocks.split(batch_size), columns.split(batch_size), strict=True))
     bar = tqdm(pieces, "infilling", -(-len(blocks) // batch_size), leave=False, disable=not progress)
-    filled = [fill(model, tokenizer, *piece, temperature, seed + number, precision) for number, piece in bar]
-    model.train(was_training)
+    with eval_mode(model):
+        filled = [fill(model, tokenizer, *piece, temperature, seed + number, precision) for number, piece in bar]
     filled = torch.cat(filled)
-    return InfillQuality(_gap_scores(tokenizer, filled, blocks.gather(1, columns)), filled)
+    return InfillQuality(_gap_scores(tokenizer, filled, blocks.gather(1, columns)), filled, documents)
 
 
 def _fill(model, tokenizer, blocks, columns, temperature, seed, precision, order) -> Tensor:
@@ -140,11 +148,12 @@ def _continue(model, tokenizer, blocks, columns, temperature, seed, precision) -
     tokens = blocks.where(given, begin_id(tokenizer)).to(model.device)
     causal = annealed_mask(tokens.shape[1], 0.0, dtype=model.dtype, device=model.device)
     rows = torch.arange(len(tokens), device=model.device)
+    unused = unused_ids(tokenizer, len(model.get_output_embeddings().weight)).to(model.device)
     draws = seeded(seed, 0, "continue")
     with autocast(model.device, precision):
         for column in columns.T.to(model.device):  # [B]
             hidden = predicting_states(model, hidden_states(model, tokens, causal), rows * tokens.shape[1] + column)
-            logits = logits_of(model, hidden)[:, : len(tokenizer)]  # rows that pad the embedding are not tokens
+            logits = logits_of(model, hidden).index_fill_(-1, unused, -torch.inf)
             tokens[rows, column] = draw(logits, temperature, None, None, draws).to(model.device)
     return tokens.cpu().gather(1, columns)
 

@@ -24,27 +24,37 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .backbone import as_diffusion, load_base, mask_id_of, randomize, save_diffusion, tokenizer_digest
+from .backbone import as_diffusion, check_fits, load_base, randomize, save_diffusion
 from .checkpoint import RunFolder
 from .config import FREE_FIELDS, RunConfig
 from .distillation import fit_teacher_weight
+from .head import mask_id_of
 from .history import History
-from .machine import DTYPES, pick_precision
+from .machine import DTYPES, pick_device, pick_precision
 from .processes import full_weights, gathered, load_optimizer, load_weights, on_main, optimizer_state
 from .sampling import generate
 from .stability import MAX_ROLLBACKS, ROLLBACK_LR_FACTOR, Unstable
 from .step import TrainStep
 from .tasks import TASKS
+from .tokens import tokenizer_digest
 
 COUNTERS = ("step", "seconds", "best", "window_steps", "rollbacks", "stale", "anneals", "distill")  # in a checkpoint
 
 
-def build(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def build(config: RunConfig, device: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model that a config describes, on its device: the base, or random weights of its shape, as a diffusion model.
 
-    A base that is a diffusion model already is taken as it is.
+    A base that is a diffusion model already is taken as it is. A device or precision that this machine lacks is found
+    before anything is downloaded.
+
+    Args:
+        device: where to put the model instead, for example "cpu" for `train`, which moves it.
+
+    Raises:
+        ValueError, RuntimeError: as `load_base`, `as_diffusion`, `pick_device` and `pick_precision`.
     """
-    model, tokenizer = load_base(config.base, hub=config.hub, device=config.device)
+    pick_precision(config.precision, pick_device(config.device))
+    model, tokenizer = load_base(config.base, hub=config.hub, device=device or config.device)
     if config.scratch:
         model = randomize(model, config.seed)
     if config.objective == "ar" or mask_id_of(model) is not None:
@@ -53,7 +63,7 @@ def build(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def learning_rate(config: RunConfig, step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine from the peak down to `final_lr` times the peak at the last step."""
+    """Linear warm-up to the peak, then a cosine that reaches `final_lr` times the peak after the last step."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
@@ -113,9 +123,11 @@ class Run:
             raise
 
     def _settings(self, teacher: PreTrainedModel | None) -> dict:
-        """What a resumed run must have in common with the run it resumes."""
+        """What a resumed run must have in common with the run it resumes; `text` and `field` only say where it was."""
         fields = {name: value for name, value in vars(self.config).items() if name not in FREE_FIELDS}
         return fields | {
+            "text": self.config.text,
+            "field": self.config.field,
             "precision": self.precision,
             "global_batch": self.task.global_batch,
             "total_steps": self.total,
@@ -149,16 +161,16 @@ class Run:
             said += [f"{config.name}: resuming from step {self.step} of {self.total}"]
         if self.distill < 0.99 * config.distill and self.train_step.teacher is not None:
             said += [
-                f"distill={self.distill:.3g} instead of {config.distill:g}: of this text the base {config.base!r} "
-                "predicts too little that token frequencies do not; distill_fit=false forces the weight"
+                f"distill lowered from {config.distill:g} to {self.distill:.3g}: on this text the base {config.base!r} "
+                f"predicts little better than token frequencies; distill_fit=false keeps {config.distill:g}"
             ]
         if self.task.anneals and config.anneal_steps > self.total:
             said += [
                 f"anneal_steps={config.anneal_steps} is longer than the run of {self.total} steps: its mask will be "
-                f"{self.task.ratio(self.total - 1):.0%} open at the end; to open it fully, lower anneal_steps"
+                f"only {self.task.ratio(self.total - 1):.0%} open at the end; to open it fully, lower anneal_steps"
             ]
         if config.warmup_steps >= self.total:
-            said += [f"warmup_steps={config.warmup_steps} fills the run of {self.total} steps; lower warmup_steps"]
+            said += [f"warmup_steps={config.warmup_steps} leaves no step after the warm-up in a run of {self.total}"]
         if self.is_main and said:
             tqdm.write("\n".join(said), file=sys.stderr)
 
@@ -207,7 +219,7 @@ class Run:
         if record:
             self._record(record)
         if self.is_done and self.step < self.total:
-            self._record({"event": f"finished: no better NELBO in {self.stale} evaluations"})
+            self._record({"event": f"finished: no better {self.task.metric.upper()} in {self.stale} evaluations"})
         if self.is_done or (save and self.watch.is_calm(self._saturated())):
             self._save_if_sound()
         return bool(record)
@@ -260,8 +272,9 @@ class Run:
             score = self.task.score(self.precision)
         score = on_main(self.accelerator, lambda: score)  # all processes must agree on what is best
         if not math.isfinite(score.mean):
-            since = self.step - self.watch.skipped_in_a_row() + 1
-            return {}, f"the held-out {self.task.metric.upper()} is not finite (no gradient was, from step {since} on)"
+            skipped = self.watch.skipped_in_a_row()
+            since = f"; from step {self.step - skipped + 1} on, every step was skipped" if skipped else ""
+            return {}, f"the held-out {self.task.metric.upper()} is not finite{since}"
         if score.mean < self.best:
             self.stale = 0
             self._write("best", self._model_writer(), then=partial(setattr, self, "best", score.mean))
@@ -307,7 +320,7 @@ class Run:
         state = {name: getattr(self, name) for name in COUNTERS}
         state["window_loss"] = accelerator.reduce(train_step.loss, "mean").item()
         state["watch"] = self.watch.state()
-        state["watch"]["saturated"] = accelerator.reduce(self.watch.values["saturated"], "mean").item()
+        state["watch"]["saturated"] = self._saturated()
         state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
 
         def fill(folder: Path) -> None:
@@ -349,11 +362,12 @@ class Run:
         if checkpoint is not None:
             state = json.loads((checkpoint / "state.json").read_text())
             for name in COUNTERS:
-                setattr(self, name, state.get(name, getattr(self, name)))  # older checkpoints lack the last two
+                setattr(self, name, state.get(name, getattr(self, name)))  # older checkpoints lack some
             load_optimizer(self.train_step.module, self.train_step.adamw, checkpoint / "optimizer.pt")
             self.train_step.reset()
             self.train_step.loss.fill_(state["window_loss"])
             self.watch.load(state["watch"])
+            self.watch.values["saturated"].div_(self.accelerator.num_processes)  # its sum over all of them was saved
             if state["scaler"] and self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.saved_step = self.step
@@ -367,8 +381,8 @@ class Run:
         if newest is None or rollbacks > MAX_ROLLBACKS:
             tried = f"after {rollbacks - 1} rollbacks" if self.rollbacks else "before the first checkpoint"
             raise Unstable(
-                f"training is unstable: at step {was}, {tried}, {trouble}. Start it again with a lower learning_rate "
-                "or more warmup_steps, under another `name` or with resume='never' (in a terminal --fresh)"
+                f"training is unstable: at step {was}, {tried}, {trouble}. Start over with a lower learning_rate or "
+                "more warmup_steps, under another `name` or with resume='never' (in a terminal --fresh)"
                 + ("" if newest else "; a smaller save_every leaves a checkpoint to roll back to")
             )
         load_weights(self.train_step.module, self.model, newest / "model.safetensors")
@@ -386,21 +400,7 @@ class Run:
 # ------------------------------------------------------------------------------------------------- helpers
 def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
     """Raise ValueError if model, tokenizer and config do not belong together."""
-    room = getattr(model.config, "max_position_embeddings", config.length)
-    if config.length > room:
-        raise ValueError(f"length {config.length} is more than the model's {room} positions; lower `length`")
-    window = getattr(model.config, "sliding_window", None)
-    if window and getattr(model.config, "use_sliding_window", True) and config.length > window:
-        raise ValueError(
-            f"length {config.length} is more than this model's attention window of {window}, and outside of it "
-            "nothing is seen; lower `length`"
-        )
-    rows, largest = len(model.get_input_embeddings().weight), max(tokenizer.get_vocab().values())
-    if largest >= rows:
-        raise ValueError(
-            f"the tokenizer's ids go up to {largest}, but the model's embedding has {rows} rows; "
-            "they do not belong together"
-        )
+    check_fits(model, tokenizer, config.length)
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise ValueError(f"the weights {name} of the model are not finite; load it again from a whole copy")

@@ -12,10 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .backbone import begin_id, encode, hidden_states, predicting_states, require_mask_id
+from .backbone import check_fits, eval_mode, hidden_states, predicting_states, require_mask_id
 from .head import chunk_rows, logits_of
 from .machine import DTYPES, autocast, pick_precision
 from .objective import seeded
+from .tokens import begin_id, decode, encode, unused_ids
 
 Parts = list[str | Tensor | int]  # given texts, given token ids `[n]`, and gaps of so many tokens
 
@@ -64,6 +65,7 @@ def generate(
     return_history: bool = False,
     precision: str = "auto",
     progress: bool = False,
+    expected: list[list[int]] | None = None,
 ) -> Samples:
     """Fill `length` masked positions after `prompt` and before `suffix`, or the gaps of `parts`.
 
@@ -99,11 +101,13 @@ def generate(
             As in a `Corpus`, documents end with the begin token. Not with text given after a gap.
         num_samples: texts for each prompt; they stand together in the result.
         progress: a bar on stderr, in tokens.
+        expected: token ids of each whole sequence, the begin token included; one that is filled with another token is
+            left as it is then, with [MASK] in its other gaps.
 
     Raises:
-        ValueError: a value out of range, a model without [MASK], or more positions than the model has.
+        ValueError: a value out of range, a model without [MASK], or more positions than the model can see.
     """
-    rows = _rows(prompt, suffix, length, parts)
+    rows = [_encoded(tokenizer, row) for row in _rows(prompt, suffix, length, parts)]
     _check(order, steps, threshold, block_length, temperature, top_p, top_k, repetition_penalty, num_samples)
     end = begin_id(tokenizer) if stop_at_end else None  # what follows each document in a text
     canvas, blocks, real = _canvas(model, tokenizer, [row for row in rows for _ in range(num_samples)], block_length)
@@ -119,12 +123,10 @@ def generate(
     choose = ORDERS[order](blocks, per_block, threshold, draws)
     attention_mask = _hide_padding(real, model, precision)
     chunk = chunk_rows(model.get_output_embeddings().weight)  # never more logits than these at once
-    was_training = model.training
-    model.eval()
     history = []
 
     bar = tqdm(total=int(holes.sum()), desc="writing", unit="token", leave=False, disable=not progress)
-    with bar, autocast(model.device, precision):  # around the loop: the weights are cast once
+    with bar, eval_mode(model), autocast(model.device, precision):  # around the loop: the weights are cast once
         while holes.any():
             step, wanted = choose.candidates(holes)
             active = wanted.any(1).nonzero()[:, 0]  # sequences with nothing to reveal are left alone
@@ -146,12 +148,13 @@ def generate(
             history.append(Reveal(step, revealed.tolist(), columns.tolist(), tokens.tolist()))
             if end is not None:
                 _close_ended(canvas, holes, blocks, end)
+            if expected is not None:
+                holes &= ~_differs(canvas, expected, written & ~holes)[:, None]
 
-    model.train(was_training)
     canvas = canvas.cpu()
     if end is not None:  # the text ends before the end token
         real &= ~(written & ((canvas == end) & written).cumsum(1).bool())
-    text = [tokenizer.decode(row[kept][1:], skip_special_tokens=True) for row, kept in zip(canvas, real, strict=True)]
+    text = [decode(tokenizer, row[kept][1:].tolist()) for row, kept in zip(canvas, real, strict=True)]
     return Samples(text, canvas, real, history if return_history else [], len(history))
 
 
@@ -268,8 +271,7 @@ def _penalise(logits: Tensor, shown: Tensor, penalty: float) -> Tensor:
 
 def _logits(model, tokenizer, hidden: Tensor) -> Tensor:
     logits = logits_of(model, hidden)
-    logits[:, len(tokenizer) :] = -torch.inf  # rows that pad the embedding are not tokens
-    return logits
+    return logits.index_fill_(-1, unused_ids(tokenizer, logits.shape[-1]).to(logits.device), -torch.inf)
 
 
 # --------------------------------------------------------------------------------------------- the sequences
@@ -289,12 +291,19 @@ def _rows(prompt, suffix, length, parts) -> list[Parts]:
     return rows
 
 
-def _canvas(model, tokenizer, rows: list[Parts], block_length: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def _encoded(tokenizer, row: Parts) -> list[list[int] | int]:
+    """A row with token ids in place of texts; a text that stands behind something continues it."""
+    parts = [part.tolist() if isinstance(part, Tensor) else part for part in row]
+    return [
+        encode(tokenizer, [part], inside=any(parts[:i]))[0] if isinstance(part, str) else part
+        for i, part in enumerate(parts)
+    ]
+
+
+def _canvas(
+    model, tokenizer, rows: list[list[list[int] | int]], block_length: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Three `[N, L]`: the tokens, [MASK] in the gaps; each gap position's block, else -1; what is not padding."""
-    texts = {part for row in rows for part in row if isinstance(part, str)}
-    encoded = dict(zip(texts, encode(tokenizer, list(texts)), strict=True)) if texts else {}
-    rows = [[encoded[part] if isinstance(part, str) else part for part in row] for row in rows]
-    rows = [[part.tolist() if isinstance(part, Tensor) else part for part in row] for row in rows]
     begin, mask = begin_id(tokenizer), require_mask_id(model)
     tokens = [[begin] + [t for part in row for t in ([mask] * part if isinstance(part, int) else part)] for row in rows]
     gaps = [
@@ -302,9 +311,7 @@ def _canvas(model, tokenizer, rows: list[Parts], block_length: int | None) -> tu
         for row in rows
     ]
     longest = max(map(len, tokens))
-    room = getattr(model.config, "max_position_embeddings", longest)
-    if longest > room:
-        raise ValueError(f"given text, gaps and the begin token make {longest} positions; the model has {room}")
+    check_fits(model, tokenizer, longest)
     real = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in tokens])
     holes = torch.tensor([row + [False] * (longest - len(row)) for row in gaps])
     blocks = ((holes.cumsum(1) - 1) // (block_length or longest)).where(holes, -1)
@@ -329,6 +336,14 @@ def _close_ended(canvas: Tensor, holes: Tensor, blocks: Tensor, end: int) -> Non
     closed = holes & (blocks > first) & ~unfinished
     canvas[closed.to(canvas.device)] = end
     holes &= ~closed
+
+
+def _differs(canvas: Tensor, expected: list[list[int]], known: Tensor) -> Tensor:
+    """Whether a sequence holds another token than expected at a place that is known: `[N]` bool."""
+    wanted = torch.zeros(canvas.shape, dtype=torch.long)
+    for row, ids in zip(wanted, expected, strict=True):
+        row[: len(ids)] = torch.tensor(ids)
+    return ((canvas.cpu() != wanted) & known).any(1)
 
 
 def _check(order, steps, threshold, block_length, temperature, top_p, top_k, repetition_penalty, num_samples) -> None:

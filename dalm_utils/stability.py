@@ -1,4 +1,4 @@
-"""Numerical stability: which steps count, and when a run has to roll back.
+"""Numerical stability: which steps to skip, and when to roll back.
 
 A step whose gradient is not finite, or far larger than usual, is skipped and counted. Several skipped steps in a row, a
 collapsed loss scale, or saturated predictions make the run roll back to its newest checkpoint with a lower learning
@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SATURATED = 30.0  # nats: no healthy model, not even a random one, gives the true token a probability of e^-30...
-SATURATED_FRACTION = 0.01  # ...and a model that does so for more than this fraction of tokens learns nothing from them
-SMALLEST_SCALE = 1.0  # with a loss scale below 1, gradients overflow float16 even when nothing magnifies them
+SATURATED = 30.0  # nats: no healthy model, not even a random one, gives the true token a probability of e^-30
+SATURATED_FRACTION = 0.01  # with more than this fraction of saturated predictions, a model no longer learns
+SMALLEST_SCALE = 1.0  # below this loss scale, gradients overflow float16 even unscaled
 ROLLBACK_LR_FACTOR = 0.5  # the learning rate after a rollback, relative to the one before
 MAX_ROLLBACKS = 3  # then the run is given up
-NORM_DECAY = 0.05  # of the running mean of gradient norms: it covers about the last twenty steps
+NORM_DECAY = 0.05  # of the running mean of gradient norms, which covers about twenty steps
 
 
 class Unstable(RuntimeError):
@@ -23,15 +23,15 @@ class Unstable(RuntimeError):
 
 
 class Watch:
-    """Judges each step on its device, in place and without waiting for it. `read` waits, and is called per record.
+    """Judges each step on its device, in place and without waiting for it. Only the methods that return numbers wait.
 
     Args:
-        spike: a gradient norm of more than this many times the running mean is a spike (None: nothing is).
-        max_skips: this many skipped steps in a row are trouble.
+        spike: a gradient norm of more than this many times the running mean is a spike (None: never).
+        max_skips: this many skipped steps in a row cause a rollback.
         device: where the gradients are.
     """
 
-    COUNTS = ("skipped", "spikes", "in_a_row")  # skipped steps since the run began
+    COUNTS = ("skipped", "spikes", "in_a_row")  # over the whole run
     WINDOW = ("largest_norm", "saturated", "predictions")  # since the last record
 
     def __init__(self, spike: float | None, max_skips: int, device: torch.device | str = "cpu"):
@@ -40,7 +40,7 @@ class Watch:
         self.values = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
 
     def judge(self, norm: Tensor) -> Tensor:
-        """Whether to skip the step with this gradient norm: a scalar bool on the norm's device."""
+        """Count the step with this gradient norm, and say whether to skip it: a scalar bool on the norm's device."""
         value, finite = self.values, torch.isfinite(norm)
         usual = value["usual_norm"]
         spiked = finite & (usual > 0) & (norm > (self.spike or torch.inf) * usual)
@@ -59,7 +59,7 @@ class Watch:
         self.values["predictions"].add_(predictions)
 
     def read(self, saturated: float, loss_scale: float | None) -> tuple[dict, str | None]:
-        """The figures of a record, and what is wrong, if anything; a new window begins.
+        """The figures of a record and what is wrong, or None; resets the window.
 
         Args:
             saturated: the window's count, summed over all processes.
@@ -100,23 +100,23 @@ class Watch:
         return saturated / max(self.values["predictions"].item(), 1)
 
     def state(self) -> dict[str, float]:
-        """Everything as numbers; `load` takes them."""
+        """Everything as numbers, for `load`."""
         return {name: tensor.item() for name, tensor in self.values.items()}
 
     def load(self, state: dict[str, float]) -> None:
-        """Continue from what `state` returned."""
+        """Restore what `state` returned."""
         for name, number in state.items():
             self.values[name].fill_(number)
 
     def forgive(self, other: Watch) -> None:
-        """Keep what `other` counted over the whole run, but not the trouble it saw."""
+        """Take over the totals of `other`, and clear the row of skipped steps."""
         for name in ("skipped", "spikes"):
             self.values[name].copy_(other.values[name])
         self.values["in_a_row"].zero_()
 
 
 def saturation(fraction: float) -> str | None:
-    """What is wrong when this fraction of the predictions is saturated, if anything."""
+    """What is wrong if this fraction of the predictions is saturated, or None."""
     if fraction > SATURATED_FRACTION:
         return f"{fraction:.1%} of the predictions are saturated (more than {SATURATED:g} nats off)"
     return None

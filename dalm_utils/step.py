@@ -1,7 +1,8 @@
 """One training step of one model: times -> corrupt -> mask -> loss -> backward -> AdamW.
 
-The step is one function, `TrainStep.compute`. It runs eagerly, on one process or many, or is replayed as a CUDA graph.
-Everything random in it is a function of (seed, step).
+`Task.draw` draws times and corruption on the host, and `Task.attention_mask` the mask. The rest is one function,
+`TrainStep.compute`. It runs eagerly on any number of processes, or, on a single GPU, is replayed as a CUDA graph.
+All randomness is a function of (seed, step).
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ class Loss(nn.Module):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
-        self._no_split_modules = model._no_split_modules  # what FSDP shards one by one
+        self._no_split_modules = model._no_split_modules  # the block classes that FSDP shards separately
 
     def forward(self, batch: Batch, attention_mask, teacher, teacher_weight) -> tuple[Tensor, Tensor, Tensor]:
-        """What is minimized, its part without a teacher, and the number of saturated predictions."""
+        """The loss, the same loss without a teacher, and the number of saturated predictions."""
         loss = batch_loss(self.model, batch, attention_mask, teacher=teacher, teacher_weight=teacher_weight)
         return loss.loss, loss.nll, ((loss.token_nll > SATURATED) & (batch.weights > 0)).sum()
 
@@ -44,8 +45,8 @@ class TrainStep:
     """Takes optimizer steps on a model, in place.
 
     Attributes:
-        watch: judges the steps, and counts skipped ones.
-        loss: the sum over the window's steps of the NLL that a record shows, on the device.
+        watch: decides which steps to skip, and counts them; replaced by `reset`.
+        loss: the loss without a teacher, summed over the steps since the last record, on the device.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class TrainStep:
     ):
         self.task, self.config, self.accelerator, self.teacher = task, config, accelerator, teacher
         self.model, self.device = task.model, accelerator.device
-        self.dtype = DTYPES[precision]  # of matrix products, and so of attention masks
+        self.dtype = DTYPES[precision]  # of matrix products, and therefore of attention masks
         _set_dropout(self.model, config.dropout)
         if config.gradient_checkpointing:
             self.model.activation_checkpointing_enable()
@@ -63,7 +64,7 @@ class TrainStep:
         reason = _why_eager(config, accelerator)
         self.replayed = None if reason else ReplayedStep(self.compute, self._recover, self.device)
         if reason and self.device.type == "cuda" and accelerator.is_main_process:
-            print(f"steps run one kernel at a time, without a CUDA graph: {reason}", file=sys.stderr)
+            print(f"training steps run eagerly, without a CUDA graph: {reason}", file=sys.stderr)
 
         module = Loss(self.model if is_sharded(accelerator) else self.model.to(self.device))
         self.adamw = _adamw(self.model, config, capturable=self.device if self.replayed else None)
@@ -76,16 +77,16 @@ class TrainStep:
         zeros = torch.zeros(4, device=self.device)
         self.loss, self.norm, self.unusable, self.teacher_weight = zeros.unbind()
         if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)  # of an earlier run in this process
+            torch.cuda.reset_peak_memory_stats(self.device)  # forget the peak of earlier runs in this process
 
     def __call__(self, step: int, learning_rate: float, teacher_weight: float) -> Tensor:
-        """Take step `step` (from 0); returns its gradient norm, a scalar on the device, without waiting for it.
+        """Take step `step` (from 0); returns its gradient norm, a scalar on the device that the next step overwrites.
 
         Args:
-            teacher_weight: of the teacher's prediction in the target, in [0, 1].
+            teacher_weight: the fraction of the target that is the teacher's prediction, in [0, 1].
         """
         batch = self.task.draw(step)  # the tokens of all processes, their times, and which of them are masked
-        mask = self.task.attention_mask(step, self.dtype)  # [1, 1, L, L], or None once it is open
+        mask = self.task.attention_mask(step, self.dtype)  # [1, 1, L, L], or None once every edge is open
         self._set_learning_rate(learning_rate)
         self.teacher_weight.fill_(teacher_weight)
         self.watch.count(0, batch.count)
@@ -95,7 +96,7 @@ class TrainStep:
         return self.norm
 
     def compute(self, parts: list[Batch], mask: Tensor | None, with_teacher: bool) -> None:
-        """What the device does in a step. Nothing here waits for it, or depends on values that it computes."""
+        """The device's part of a step. It never waits for the device, and does not branch on a value computed there."""
         for index, batch in enumerate(parts):
             is_last = index == len(parts) - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.module):
@@ -103,7 +104,7 @@ class TrainStep:
                     loss, nll, saturated = self.module(
                         batch, mask, self.teacher if with_teacher else None, self.teacher_weight
                     )
-                self.accelerator.backward(loss * self.accelerator.num_processes)  # processes average their gradients
+                self.accelerator.backward(loss * self.accelerator.num_processes)  # whose gradients are averaged
             self.loss.add_(nll * self.accelerator.num_processes)
             self.watch.count(saturated, 0)
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.config.clip)
@@ -115,7 +116,7 @@ class TrainStep:
 
     @torch.no_grad()
     def trouble_ahead(self, step: int) -> str | None:
-        """What is wrong with the weights as they are, if anything: judged by the forward pass of step `step`."""
+        """What is wrong with the current weights, or None, judged by a forward pass on a part of step `step`."""
         batch, mask = self.task.draw(step), self.task.attention_mask(step, self.dtype)
         part = next(self._local_parts(batch)).map(self._send)
         self.module.eval()
@@ -126,13 +127,13 @@ class TrainStep:
         return saturation(saturated / max(predictions, 1)) if math.isfinite(loss) else "the loss is not finite"
 
     def reset(self) -> None:
-        """Start over with a new watch, after weights or optimizer state were loaded."""
+        """Discard statistics, gradients and graphs, after weights or optimizer state were loaded."""
         config = self.config
         self.watch = Watch(config.spike, config.max_skips, self.device)
         self.loss.zero_()
         self.optimizer.zero_grad()
         for group, fresh in zip(self.adamw.param_groups, self._own_settings, strict=True):
-            group.update(fresh)  # a checkpoint brings those of the machine it was written on
+            group.update(fresh)  # a checkpoint has those of the machine that wrote it
         if self.replayed is not None:
             self.replayed.reset()
 
@@ -160,19 +161,19 @@ class TrainStep:
     def _set_learning_rate(self, rate: float) -> None:
         for group in self.adamw.param_groups:
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)  # where a captured step reads it
+                group["lr"].fill_(rate)  # in place: a captured step reads this tensor
             else:
                 group["lr"] = rate
 
     def _skip_if_unusable(self, adamw: torch.optim.Optimizer, *_) -> None:
-        """Tell the fused kernel what the FP16 scaler tells it about a step that overflowed: change nothing."""
+        """Make the fused kernel skip an unusable step through `found_inf`, as the FP16 scaler does."""
         adamw.found_inf = self.unusable
 
     def _recover(self) -> None:
-        """Undo a step that was abandoned halfway."""
+        """Undo a capture that failed halfway."""
         self.optimizer.zero_grad()
         if self.accelerator.scaler is not None:
-            self.accelerator.scaler._per_optimizer_states.clear()  # else it counts the gradients as unscaled already
+            self.accelerator.scaler._per_optimizer_states.clear()  # else it takes gradients for unscaled
 
 
 def _why_eager(config: RunConfig, accelerator: Accelerator) -> str | None:
@@ -183,6 +184,8 @@ def _why_eager(config: RunConfig, accelerator: Accelerator) -> str | None:
         return f"the run is distributed ({accelerator.distributed_type.value})"
     if config.gradient_checkpointing:
         return "gradient_checkpointing is on"
+    if config.objective == "ar":
+        return "without an explicit attention mask, transformers waits for the GPU"
     return None if config.cuda_graph else "cuda_graph is off"
 
 
@@ -195,11 +198,11 @@ def _adamw(model: nn.Module, config: RunConfig, capturable: torch.device | None)
 
 
 def _set_dropout(model: nn.Module, rate: float) -> None:
-    """Dropout everywhere at one rate, whatever the checkpoint's config says."""
+    """Use one dropout rate everywhere, whatever the checkpoint's config says."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = rate
-        for name in ("dropout", "attention_dropout"):  # OPT and Llama keep a number
+        for name in ("dropout", "attention_dropout"):  # OPT and Llama store the rate as a float
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, rate)
 

@@ -1,6 +1,6 @@
-"""What a run trains for. A `Task` draws the batch of a step, gives its attention mask, and scores held-out text.
+"""What a run trains for. A `Task` draws the batch of a step, builds its attention mask, and scores held-out text.
 
-`Run` knows tasks only through this interface, so a new way to train is a new `Task`.
+`TrainStep` and `Run` use tasks only through this interface, so a new way to train is a new `Task`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .annealing import anneal_ratio, annealed_mask
-from .backbone import mask_id_of, require_mask_id
+from .backbone import require_mask_id
 from .config import RunConfig
 from .corpus import load_corpus
 from .evaluation import Estimate, ar_nll, nelbo
+from .head import mask_id_of
 from .objective import Batch, corrupt, default_maskable, place_capacity, sample_times, seeded
 
 
@@ -23,9 +24,9 @@ class Task:
     Attributes:
         train: the training blocks; `train[[i, j]]` is `[B, L]` long.
         held_out: the blocks that `score` uses.
-        digest: identifies the tokens; a run is resumed on the same tokens only.
+        digest: identifies the tokens; a run resumes only on the same ones.
         metric: what `score` measures, "nelbo" or "nll", in nats per token.
-        denoises: whether the model restores masked tokens: then it can have a teacher, and can sample.
+        denoises: whether the model restores masked tokens; only then can it have a teacher and generate samples.
     """
 
     metric = "nelbo"
@@ -48,13 +49,13 @@ class Task:
     def load(self) -> None:
         """Read the text: set `train`, `held_out` and `digest`."""
         config = self.config
-        corpus = load_corpus(config.text, self.tokenizer, field=config.field)  # one process prepares it, others wait
+        corpus = load_corpus(config.text, self.tokenizer, field=config.field)  # one process prepares it
         self.train = corpus.blocks("train", config.length, config.train_blocks)
         self.held_out = corpus.blocks("validation", config.length, config.eval_blocks)
         self.digest = corpus.facts["digest"]
 
     def rows(self, step: int) -> list[int]:
-        """Which training blocks make up the global batch of a step: every epoch is a new random order."""
+        """The training blocks in the global batch of a step; every epoch is in a new random order."""
         return [self._block_at(step * self.global_batch + i) for i in range(self.global_batch)]
 
     def _block_at(self, position: int) -> int:
@@ -64,11 +65,11 @@ class Task:
         return int(self._order[1][place])
 
     def draw(self, step: int) -> Batch:
-        """The global batch of a step, on the CPU: a function of the seed and the step, whatever the processes."""
+        """The global batch of a step, on the CPU: a function of seed and step, whatever the number of processes."""
         raise NotImplementedError
 
     def capacity(self, rows: int) -> int:
-        """The number of places K that holds nearly every draw of this many sequences."""
+        """A number of places K that is enough for nearly every draw of this many sequences."""
         return 256 * -(-rows * (self.config.length - 1) // 256)
 
     def ratio(self, step: int) -> float:
@@ -76,16 +77,16 @@ class Task:
         return anneal_ratio(step, self.config.anneal_steps) if self.anneals else 1.0
 
     def attention_mask(self, step: int, dtype: torch.dtype) -> Tensor | None:
-        """Additive `[1, 1, L, L]` on the CPU, or None where the model attends as it does by itself."""
+        """Additive `[1, 1, L, L]` on the CPU, or None: then the model uses its own attention."""
         return None
 
     def score(self, precision: str) -> Estimate:
-        """The held-out likelihood of the model as it is now."""
+        """The held-out likelihood of the model with its current weights."""
         raise NotImplementedError
 
 
 class MaskedDiffusion(Task):
-    """Restore masked tokens under a causal mask that opens: the method of arXiv 2410.17891."""
+    """Restore masked tokens while the causal mask opens: the method of arXiv 2410.17891."""
 
     def check(self) -> None:
         require_mask_id(self.model)
@@ -104,7 +105,7 @@ class MaskedDiffusion(Task):
 
     def capacity(self, rows: int) -> int:
         stratified = self.config.times == "stratified" and rows == self.global_batch
-        return place_capacity(rows, self.config.length - 1, stratified=stratified)
+        return place_capacity(rows, self.config.length - 1, stratified=stratified, eps=self.config.eps)
 
     def attention_mask(self, step: int, dtype: torch.dtype) -> Tensor | None:
         rng = seeded(self.config.seed, step, "annealing")
@@ -116,7 +117,7 @@ class MaskedDiffusion(Task):
 
 
 class NextToken(Task):
-    """Predict every token from those before it: ordinary AR training, which makes the bases."""
+    """Predict every token from those before it: ordinary AR training, used to make the AR bases."""
 
     metric = "nll"
     denoises = False
@@ -124,7 +125,7 @@ class NextToken(Task):
     def check(self) -> None:
         if mask_id_of(self.model) is not None:
             raise ValueError(
-                "objective 'ar' needs an AR model; a diffusion model sees the tokens it would have to predict"
+                "objective 'ar' needs an AR model; a diffusion model sees the tokens that it would have to predict"
             )
 
     def draw(self, step: int) -> Batch:

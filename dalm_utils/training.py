@@ -32,7 +32,7 @@ def train(
     resume: str = "auto",
     on_log: Callable[[History, RunConfig], None] | None = None,
 ) -> History:
-    """Train in place and return what was recorded; the run's folder holds checkpoints, `best` and history.
+    """Train `model` in place and return its history; the run's folder holds checkpoints, `best` and history.
 
     Interrupting (Ctrl-C, the stop button, SIGTERM) finishes the step, writes a checkpoint and returns, with the signal
     in `History.stopped_by`; a second Ctrl-C does not wait. Called again with the same config, training resumes there,
@@ -68,6 +68,8 @@ def train_arms(
     Raises:
         ValueError: arms that would not be paired, because they differ in one of `PAIRED` or in their tokenizer.
     """
+    if not configs:
+        raise ValueError("no arm to train: configs is empty")
     first = next(iter(configs.values()))
     for name, config in configs.items():
         for field in PAIRED:
@@ -77,7 +79,7 @@ def train_arms(
                     f"{name!r}), so they would not see the same batches and noise; make it the same in all"
                 )
     arms = {
-        name: (*build(config.replace(device="cpu")), config.replace(name=f"{config.name}-{name}"))
+        name: (*build(config, device="cpu"), config.replace(name=f"{config.name}-{name}"))
         for name, config in configs.items()
     }
     with _opened(arms, resume) as runs:

@@ -53,8 +53,9 @@ def tiny_model(
     seed: int = 0,
     padding: int | None = None,
     heads: int = 2,
+    layers: int = 2,
 ):
-    """A random two-layer model in float32, with weights large enough that every token matters."""
+    """A random small model in float32, with weights large enough that every token matters."""
     torch.manual_seed(seed)
     shared = dict(
         vocab_size=vocab,
@@ -64,7 +65,7 @@ def tiny_model(
         pad_token_id=padding,
         max_position_embeddings=64,
     )
-    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=heads)
+    sizes = dict(hidden_size=16, num_hidden_layers=layers, num_attention_heads=heads)
     if family == "gpt2":
         kind = GPT2LMHeadModel
         config = GPT2Config(**shared, **sizes, initializer_range=0.3, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)

@@ -1,17 +1,24 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
     CohereConfig,
     CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoConfig,
     GPTNeoForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    Llama4TextConfig,
     MistralConfig,
     MistralForCausalLM,
 )
@@ -19,14 +26,22 @@ from transformers.activations import NewGELUActivation
 
 from dalm_utils import (
     annealed_mask,
+    ar_nll,
     as_diffusion,
     check_attention,
+    continuation_nelbo,
+    generate,
+    infilling,
     load_base,
     load_diffusion,
+    nelbo,
     save_diffusion,
     train,
 )
-from dalm_utils.backbone import begin_id, hidden_states, randomize
+from dalm_utils.backbone import check_fits, hidden_states, load_tokenizer, max_length, randomize
+from dalm_utils.hubs import BASES
+from dalm_utils.machine import pick_device
+from dalm_utils.tokens import begin_id
 from tests.helpers import FAMILIES, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer, write_gguf
 
 
@@ -121,8 +136,18 @@ SMALL = dict(vocab_size=61, hidden_size=16, num_attention_heads=2, num_hidden_la
             "does not see every token under the open mask",
         ),
         (lambda: CohereForCausalLM(CohereConfig(**SMALL, pad_token_id=0)), "does more to its hidden states than"),
+        (
+            lambda: GraniteForCausalLM(GraniteConfig(**SMALL, num_key_value_heads=1, logits_scaling=8.0)),
+            "does more to its hidden states than",
+        ),
+        (
+            lambda: Gemma2ForCausalLM(
+                Gemma2Config(**SMALL | dict(initializer_range=0.02), num_key_value_heads=1, head_dim=8, pad_token_id=0)
+            ),
+            "does more to its hidden states than",
+        ),
     ],
-    ids=["alibi", "sliding window", "local attention", "scaled logits"],
+    ids=["alibi", "sliding window", "local attention", "scaled logits", "divided logits", "capped logits"],
 )  # fmt: skip
 def test_stock_models_that_cannot_become_diffusion_models_are_refused(model, reason):
     torch.manual_seed(0)
@@ -131,6 +156,173 @@ def test_stock_models_that_cannot_become_diffusion_models_are_refused(model, rea
     with pytest.raises(ValueError, match=f"{type(model).__name__} {reason}"):
         as_diffusion(model, tiny_tokenizer())
     assert model.config.to_dict() == before
+
+
+@torch.no_grad()
+def test_a_cap_that_small_logits_do_not_show_is_found():
+    torch.manual_seed(0)
+    small = SMALL | dict(initializer_range=0.02)  # as a model is initialised: its logits are far below the cap
+    model = Gemma2ForCausalLM(Gemma2Config(**small, num_key_value_heads=1, head_dim=8, pad_token_id=0)).eval()
+    tokens = torch.arange(1, 9)[None]
+    bare = model.lm_head(hidden_states(model, tokens, annealed_mask(8, 0.0)))
+    torch.testing.assert_close(model(tokens).logits, bare, rtol=1e-3, atol=1e-3)
+    before = [weight.clone() for weight in model.parameters()]
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM does more to its hidden states than apply its head"):
+        check_attention(model)
+    assert all(map(torch.equal, model.parameters(), before))
+    model.config.final_logit_softcapping = None
+    check_attention(model)
+
+
+WINDOWED = {  # a layer of each sees `window` tokens
+    "mistral": lambda window: ("Mistral", dict(sliding_window=window)),
+    "phi-3": lambda window: ("Phi3", dict(sliding_window=window)),
+    "starcoder2": lambda window: ("Starcoder2", dict(sliding_window=window)),
+    "qwen2": lambda window: ("Qwen2", dict(sliding_window=window, use_sliding_window=True, max_window_layers=1)),
+    "olmo-3": lambda window: ("Olmo3", dict(sliding_window=window)),
+    "gemma-3": lambda window: ("Gemma3", dict(sliding_window=window, head_dim=8)),
+}
+
+
+def windowed(kind, window):
+    torch.manual_seed(0)
+    name, options = WINDOWED[kind](window)
+    config = getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config")
+    sizes = SMALL | dict(vocab_size=320, num_key_value_heads=1, intermediate_size=32, max_position_embeddings=64)
+    ends = dict(bos_token_id=0, eos_token_id=0, pad_token_id=None)
+    return getattr(transformers, f"{name}ForCausalLM")(config(**sizes, **ends, **options)).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_a_model_is_used_within_its_attention_window_only(kind, tmp_path):
+    model, tokenizer = as_diffusion(windowed(kind, window=12), tiny_tokenizer())
+    assert max_length(model) == 12
+    blind = torch.arange(1, 33)[None]
+    seen = hidden_states(model, blind, torch.zeros(1, 1, 32, 32))
+    assert not torch.allclose(hidden_states(model, blind), seen, rtol=1e-3, atol=1e-3)  # the danger is real
+    check_attention(model, 12)
+
+    blocks, message = blind.repeat(2, 1), "is more than this model's attention window of 12"
+    for use in (
+        lambda: generate(model, tokenizer, length=12),
+        lambda: nelbo(model, tokenizer, blocks),
+        lambda: continuation_nelbo(model, tokenizer, [1] * 8, [2] * 8),
+        lambda: infilling(model, tokenizer, blocks, gap=4),
+        lambda: ar_nll(model, tokenizer, blocks),
+        lambda: train(model, tokenizer, tiny_config(tmp_path, length=13)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
+    assert generate(model, tokenizer, length=11).tokens.shape == (1, 12)
+    assert nelbo(model, tokenizer, blocks[:, :12], num_samples=1).mean > 0
+
+
+@pytest.mark.parametrize(
+    "kind, changes",
+    [("qwen2", dict(use_sliding_window=False)), ("olmo-3", dict(layer_types=["full_attention"] * 2))],
+)
+def test_a_window_that_no_layer_uses_limits_nothing(kind, changes, monkeypatch):
+    name, options = WINDOWED[kind](12)
+    monkeypatch.setitem(WINDOWED, kind, lambda window: (name, options | changes))
+    model = windowed(kind, 12)
+    assert max_length(model) == 64
+    check_attention(model, 40)
+
+
+@pytest.mark.parametrize(
+    "config, room",
+    [
+        (Llama4TextConfig(attention_chunk_size=12, max_position_embeddings=64), 12),
+        (GPTNeoConfig(window_size=12, attention_types=[[["global", "local"], 2]], num_layers=4), 12),
+        (GPTNeoConfig(window_size=12, attention_types=[[["global"], 4]], num_layers=4), 2048),
+        (MistralConfig(sliding_window=12, max_position_embeddings=8), 8),
+        (MistralConfig(sliding_window=None, max_position_embeddings=64), 64),
+    ],
+    ids=["chunks", "local layers", "global layers", "fewer positions", "no window"],
+)
+def test_the_length_that_a_model_sees_is_read_from_its_config(config, room):
+    assert max_length(SimpleNamespace(config=config)) == room
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_anything_is_enlarged(tmp_path):
+    model, tokenizer = tiny_model(vocab=61), tiny_tokenizer()
+    message = "ids go up to 319, but the model's embedding has 61 rows; they do not belong together"
+    with pytest.raises(ValueError, match=message):
+        as_diffusion(model, tokenizer)
+    assert len(model.get_input_embeddings().weight) == 61 and tokenizer.mask_token is None
+    assert getattr(model.config, "mask_token_id", None) is None and len(tokenizer) == 320
+    blocks = torch.ones(2, 8, dtype=torch.long)
+    with pytest.raises(ValueError, match=message):
+        ar_nll(model, tokenizer, blocks)
+    with pytest.raises(ValueError, match=message):
+        infilling(model, tokenizer, blocks, gap=2)
+    diffusion, _ = tiny_diffusion()
+    other = tiny_tokenizer()
+    other.add_special_tokens({"additional_special_tokens": ["<unused>"]})
+    other.add_special_tokens({"mask_token": "<other mask>"})
+    for use in (
+        lambda: generate(diffusion, other, length=4),
+        lambda: nelbo(diffusion, other, blocks),
+        lambda: continuation_nelbo(diffusion, other, "a", "b"),
+        lambda: train(diffusion, other, tiny_config(tmp_path)),
+        lambda: generate(diffusion, tiny_tokenizer(), length=4),
+    ):
+        with pytest.raises(ValueError, match=r"\[MASK\] is token (321|None) of the tokenizer, but 320 of the model"):
+            use()
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu:0", "meta", "cuda:x", "gpu"])
+def test_a_device_of_another_kind_is_refused_at_once(device, monkeypatch):
+    monkeypatch.setattr("dalm_utils.backbone.find", lambda *_: pytest.fail("nothing is looked for"))
+    with pytest.raises(ValueError, match=f"no support for the device '{device}'; choose one of auto, cpu, cuda"):
+        load_base("tiny-gpt2", device=device)
+
+
+def test_a_model_on_a_device_of_another_kind_is_refused():
+    model, tokenizer = tiny_diffusion()
+    check_fits(model, tokenizer, 8)
+    with pytest.raises(ValueError, match="no support for the device 'meta'"):
+        generate(model.to("meta"), tokenizer, length=4)
+    with pytest.raises(ValueError, match="no support for the device 'meta'"):
+        as_diffusion(tiny_model(vocab=320).to("meta"), tiny_tokenizer())
+
+
+@pytest.mark.parametrize(
+    "seen, asked, told", [(0, "cuda", "sees no CUDA devices"), (1, "cuda:1", "sees 1 CUDA device ")]
+)
+def test_a_cuda_device_that_is_not_there_is_refused_with_both_remedies(seen, asked, told, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    with pytest.raises(RuntimeError, match=told) as caught:
+        pick_device(asked)
+    assert "device=cpu precision=auto" in str(caught.value) and "device='cpu', precision='auto'" in str(caught.value)
+
+
+def broken_in_the_middle(model):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    model.transformer.h[1].register_forward_hook(fail)
+    return model.train()
+
+
+def test_a_model_in_training_is_in_training_after_an_error():
+    model, tokenizer = tiny_diffusion()
+    broken_in_the_middle(model)
+    blocks = torch.ones(2, 8, dtype=torch.long)
+    for use in (
+        lambda: generate(model, tokenizer, length=4),
+        lambda: nelbo(model, tokenizer, blocks),
+        lambda: ar_nll(model, tokenizer, blocks),
+        lambda: infilling(model, tokenizer, blocks, gap=2),
+    ):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            use()
+        assert model.training and all(module.training for module in model.modules())
+    base = broken_in_the_middle(tiny_model(vocab=320))
+    with pytest.raises(ValueError, match="out of memory"):
+        as_diffusion(base, tiny_tokenizer())
+    assert base.training
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -145,7 +337,8 @@ def test_mask_is_a_new_token_that_starts_as_a_word(family, tied):
     assert (after[0] is after[1]) == tied and len(tokenizer) == 321 and tokenizer.mask_token_id == 320
     for old, new in zip(before, after, strict=True):
         assert len(new) == len(old) + 1 and torch.equal(new[:-1], old)
-        assert torch.equal(new[-1], old[word])
+    assert torch.equal(after[0][-1], before[0][word])
+    assert tied or torch.allclose(after[1][-1], before[1].mean(0), atol=1e-6)  # which is never predicted
     assert (model.config.mask_token_id, model.config.shift, model.config.is_causal) == (320, False, False)
 
 
@@ -220,6 +413,55 @@ def test_saved_and_loaded_models_give_equal_logits(family, tmp_path):
     assert again.dtype == torch.float32 and type(again) is type(model)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_sampler_that_is_not_ours_hardly_ever_sees_mask_in_an_untied_head(tmp_path, bias):
+    """A sampler over all logits of plain transformers, which knows of no [MASK]."""
+    model, tokenizer = tiny_diffusion("llama", tied=False)
+    head, mask_id = model.lm_head, model.config.mask_token_id
+    if bias:
+        head.bias = torch.nn.Parameter(torch.randn(len(head.weight), generator=torch.Generator().manual_seed(1)))
+    with torch.no_grad():
+        head.weight[mask_id] *= 100.0  # as if training had let it go anywhere
+    save_diffusion(model, tokenizer, tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    if bias:
+        plain.lm_head.bias = head.bias
+    tokens = torch.randint(320, (64, 32), generator=torch.Generator().manual_seed(0))
+    logits = plain(tokens).logits
+    assert (logits.argmax(-1) != mask_id).all()
+    assert logits.softmax(-1)[..., mask_id].max() <= 1 / len(head.weight)
+    torch.testing.assert_close(logits, model(tokens).logits)  # what is in memory is what was saved
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_generation_of_plain_transformers_gives_no_mask(tmp_path, adapted):
+    model, tokenizer = tiny_diffusion()
+    if not adapted:  # saved by an earlier version
+        model.generation_config.suppress_tokens = None
+    save_diffusion(model, tokenizer, tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    mask_id = model.config.mask_token_id
+    plain.lm_head.bias = torch.nn.Parameter(torch.zeros(321).index_fill(0, torch.tensor([mask_id]), 100.0))
+    tokens = torch.arange(1, 5)[None]
+    options = dict(max_new_tokens=20, pad_token_id=0, eos_token_id=-1)
+    for how in (dict(do_sample=True), dict(do_sample=False), dict(num_beams=2)):
+        assert mask_id not in plain.generate(tokens, **options, **how)
+    assert mask_id in plain.generate(tokens, **options, suppress_tokens=None)
+
+
+def test_a_published_generation_config_that_cannot_be_saved_does_not_end_a_run(tmp_path):
+    """Many name a temperature without do_sample, as those of Llama 2 and of GGUF files do."""
+    tokenizer, base = tiny_tokenizer(), tiny_model(vocab=320)
+    base.generation_config.temperature, base.generation_config.top_p = 0.6, 0.9
+    with pytest.raises(ValueError, match="GenerationConfig is invalid"):
+        base.save_pretrained(tmp_path / "plain")
+    model, tokenizer = as_diffusion(base, tokenizer)
+    train(model, tokenizer, tiny_config(tmp_path, steps=2, eval_every=2))
+    again = load_diffusion(tmp_path / "runs" / "tiny" / "best")[0].generation_config
+    assert again.temperature == 0.6 and again.suppress_tokens == [320]
+
+
 def test_loading_says_what_is_wrong(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
@@ -227,6 +469,49 @@ def test_loading_says_what_is_wrong(tmp_path):
         load_diffusion(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no model 'nowhere'.*config\.json"):
         load_diffusion("nowhere")
+
+
+def written_base(folder):
+    tiny_model(vocab=320).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (written_base(tmp_path) / name).unlink()
+        if name == "tokenizer.json":  # what is left makes an empty tokenizer
+            with pytest.raises(FileNotFoundError, match=rf"{tmp_path} has no tokenizer \(tokenizer\.json, or .*merges"):
+                load_base(str(tmp_path))
+        else:
+            assert len(load_base(str(tmp_path))[1]) == 320
+
+
+def test_a_vocabulary_and_merges_are_a_tokenizer(tmp_path):
+    written_base(tmp_path)
+    state = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).unlink()
+    (tmp_path / "vocab.json").write_text(json.dumps(state["vocab"]))
+    with pytest.raises(FileNotFoundError, match="has no tokenizer"):
+        load_base(str(tmp_path))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, state["merges"])]))
+    text = "Return the sum of an array."
+    assert load_base(str(tmp_path))[1](text)["input_ids"] == tiny_tokenizer()(text)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("tokenizer.json", "{"), ("tokenizer.json", "{}"), ("config.json", ""), ("config.json", "{}"),
+        ("model.safetensors", "not weights"),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_read_is_one_line_that_names_the_model(tmp_path, name, content):
+    (written_base(tmp_path / "model") / name).write_text(content)
+    with pytest.raises(ValueError, match=f"cannot load {tmp_path / 'model'}: ") as caught:
+        load_base(str(tmp_path / "model"))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("names", [["pytorch_model.bin"], []])
@@ -334,3 +619,22 @@ def test_shipped_bases_are_whole_small_and_proven():
         assert provenance["tokens_seen"] > 10_000_000
         assert provenance["architecture"]["parameters"] == model.num_parameters()
         assert tokenizer.decode(tokenizer("Return an array.")["input_ids"]) == "Return an array."
+
+
+def test_the_tokenizer_alone_is_that_of_the_whole_model(tmp_path):
+    tokenizer = tiny_tokenizer()
+    write_gguf(tiny_model("llama", len(tokenizer)), tokenizer, tmp_path / "small.gguf")
+    for place in (BASES / "tiny-gpt2", BASES / "tiny-galactica", BASES / "tiny-diffugpt", tmp_path / "small.gguf"):
+        _, whole = load_base(str(place))
+        alone = load_tokenizer(str(place))
+        assert alone.backend_tokenizer.to_str() == whole.backend_tokenizer.to_str()
+        assert alone.special_tokens_map == whole.special_tokens_map and begin_id(alone) == begin_id(whole)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b'{"version": "1.0"}'])
+def test_a_damaged_tokenizer_is_an_error_that_names_the_folder(tmp_path, content):
+    tiny_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"cannot load {tmp_path}"):
+        load_base(str(tmp_path))

@@ -54,7 +54,7 @@ def test_a_recipe_names_what_differs_from_the_plain_one():
     assert asked == recipe.PLAIN | recipe.RELEASED | dict(batch=2, learning_rate=5e-4, begin="bos", warmup=0.1)
 
 
-def test_what_the_profile_full_would_take_is_what_the_readme_says(monkeypatch, capsys):
+def test_what_the_profile_full_would_take_is_what_the_results_say(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["cost"])
     cost.main()
     shown = re.findall(
@@ -62,7 +62,7 @@ def test_what_the_profile_full_would_take_is_what_the_readme_says(monkeypatch, c
     )
     rows = re.findall(
         r"^\| [123][^|]* \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| (\d+) \| ([\d.]+) \|",
-        (PROJECT / "README.md").read_text(),
+        (PROJECT / "tests" / "benchmarks" / "RESULTS.md").read_text(),
         re.M,
     )
     assert len(rows) == len(shown) == 3

@@ -111,6 +111,18 @@ def test_what_a_killed_process_left_is_put_right(tmp_path):
     folder.close()
 
 
+def test_where_the_text_is_may_change_but_not_its_tokens(tmp_path):
+    write(tmp_path / "run" / "step-000001")
+    for text in ("there", "here"):
+        folder, _ = opened(tmp_path / "run", text=text, corpus="1f")
+        folder.close()
+        assert json.loads((tmp_path / "run" / "config.json").read_text())["text"] == text
+    with pytest.raises(ValueError, match="text: 'here' then, 'away' now; corpus: '1f' then, '2f' now"):
+        opened(tmp_path / "run", text="away", corpus="2f")
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (settings["text"], settings["corpus"]) == ("here", "1f")
+
+
 def test_a_folder_belongs_to_one_writer_and_one_config(tmp_path):
     first, _ = opened(tmp_path / "run", seed=0)
     with pytest.raises(RuntimeError, match="another process is writing to the run 'run'"):

@@ -4,19 +4,21 @@ import math
 import os
 import subprocess
 import sys
+from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dalm_utils import corpus
-from dalm_utils.backbone import encode
 from dalm_utils.corpus import Blocks, load_corpus
 from dalm_utils.documents import SPLITS, identify
 from dalm_utils.hubs import BASES
+from dalm_utils.tokens import encode
 from tests.helpers import TEXTS, tiny_diffusion, tiny_tokenizer
 from tests.test_documents import write_lines
 
@@ -59,6 +61,60 @@ def test_blocks_begin_with_the_begin_token_and_lose_no_token_between_them():
             blocks[outside]
     with pytest.raises(ValueError, match="too few for one block"):
         Blocks(np.arange(4), length=6, begin=0)
+
+
+def test_a_slice_of_blocks_gives_as_many_as_there_are():
+    blocks = Blocks(np.arange(10, 31), length=6, begin=0)
+    assert blocks[1:3].tolist() == blocks[[1, 2]].tolist() and blocks[:100].tolist() == blocks[[0, 1, 2, 3]].tolist()
+    assert blocks[4:].shape == (0, 6)
+
+
+def test_a_limit_draws_blocks_from_all_over_a_text_and_always_the_same():
+    tokens = np.arange(1, 50_001)
+    large, small = (Blocks(tokens, length=6, begin=0, limit=limit) for limit in (300, 64))
+    numbers = ((large[:][:, 1] - 1) // 5).numpy()  # of the 10,000 blocks there are
+    assert len(large) == 300 == len(set(numbers)) and numbers.min() >= 0 and numbers.max() < 10_000
+    tenths = np.bincount(numbers // 1000, minlength=10)
+    assert tenths.sum() == 300 and tenths.min() > 30 - 4 * 27**0.5  # each of ten parts as often as any other
+    assert small[:].equal(large[:64])  # the beginning of a sample is a sample
+    torch.manual_seed(5)
+    other = Blocks(tokens[::-1] + 1, length=6, begin=0, limit=300)  # another text and another run
+    assert other._starts(np.arange(300)).tolist() == large._starts(np.arange(300)).tolist()
+    for limit in (None, 10_000, 10_001):
+        assert Blocks(tokens, length=6, begin=0, limit=limit)[[0, 1, 9_999]][:, 1].tolist() == [1, 6, 49_996]
+    with pytest.raises(IndexError, match="no block 64 among 64"):
+        small[64]
+
+
+class Read(np.ndarray):
+    """Tokens that record which of them are read."""
+
+    seen: ClassVar[list[slice]] = []
+
+    def __getitem__(self, index):
+        self.seen.append(index)
+        return np.asarray(self)[index]
+
+
+def test_a_block_lies_in_the_document_that_holds_its_middle():
+    draws = np.random.default_rng(0)
+    tokens = draws.integers(1, 9, 4000)
+    tokens[[7, 8, 50, 51, 52, 400, 1500, 3000]] = 0
+    for limit in (None, 40):
+        blocks = Blocks(tokens, length=17, begin=0, limit=limit)
+        middles = blocks._starts(np.arange(len(blocks))) + 8
+        brute = [next((p for p in range(m, 4000) if tokens[p] == 0), 3999) for m in middles]
+        assert blocks.documents.tolist() == brute and len(set(brute)) > 3
+
+
+def test_the_documents_of_a_few_blocks_are_found_without_reading_the_others(monkeypatch):
+    monkeypatch.setattr(corpus, "PIECE", 100)
+    tokens = np.ones(10**6, dtype=np.uint16)
+    tokens[499::500] = 0
+    blocks = Blocks(tokens.view(Read), length=50, begin=0, limit=20)
+    Read.seen.clear()
+    assert (blocks.documents % 500 == 499).all() and len(set(blocks.documents)) > 15
+    assert sum(len(range(*piece.indices(10**6))) for piece in Read.seen) <= 20 * 500
 
 
 def test_special_tokens_in_a_text_are_only_letters():
@@ -297,10 +353,10 @@ def test_a_killed_preparation_begins_again_cleanly(tmp_path, held):
     source, process = held(tmp_path / "cache")
     process.kill()
     process.wait()
-    (left,) = visible(tmp_path / "cache")
-    assert left.endswith(".unfinished")
+    assert len(list((tmp_path / "cache").glob(".*.unfinished"))) == 1 and not visible(tmp_path / "cache")
     made = load_corpus(source, tiny_tokenizer(), cache=tmp_path / "cache")
     assert visible(tmp_path / "cache") == [made.folder.name]
+    assert not list((tmp_path / "cache").glob(".*.unfinished"))
     undisturbed = load_corpus(source, tiny_tokenizer(), cache=tmp_path / "other")
     assert made.facts["digest"] == undisturbed.facts["digest"]
 

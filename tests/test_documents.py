@@ -3,6 +3,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -277,6 +278,11 @@ def test_normalising_ascii_quickly_changes_nothing():
     assert module.normalise("Naïve É_tude x2 中文") == "naïve é tude x 中文"
 
 
+def test_numbers_are_counted_in_every_script():
+    for text, count in (("", 0), ("x2 at 12:30, -4.5e3", 6), ("é 12:30 ٣٤ 五", 3), ("".join(map(chr, range(128))), 1)):
+        assert module._numbers(text) == count == len(re.findall(r"\d+", text))
+
+
 def test_copies_and_near_copies_fall_and_what_is_contained_in_another():
     words = [f"{a}{b}" for a in "abcdefghij" for b in "klmnopqrst"]
     original = " ".join(words)
@@ -331,10 +337,10 @@ def test_prose_that_differs_in_a_number_is_a_copy(tmp_path):
 
 def splits_of(texts):
     """The documents of each split by the second rule, and the rule's name."""
-    name, split = module.split_few(texts)
-    splits = {key: [text for text in texts if split(text) == key] for key in module.SPLITS}
+    rule = module.split_few(texts)
+    splits = {key: [text for text in texts if rule.split_of(text) == key] for key in module.SPLITS}
     assert sum(map(len, splits.values())) == len(texts)
-    return name, splits
+    return rule.name, splits
 
 
 @pytest.mark.parametrize("count", [3, 4, 9, 10, 40, 199])

