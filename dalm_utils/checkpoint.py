@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
@@ -197,6 +198,8 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
         self._lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), thread_local=False)
+        self._writer = ThreadPoolExecutor(1)  # one thread, started when it is first used: two writes never overlap
+        self._writes: list[Future] = []
 
     def open(self, settings: dict, resume: str = "auto") -> Path | None:
         """Claim the folder for these settings; returns its newest whole checkpoint, or None.
@@ -235,8 +238,9 @@ class RunFolder:
             raise
 
     def close(self) -> None:
-        """Let other processes write here again."""
-        self._lock.release()
+        """Let other processes write here again, as soon as everything is written."""
+        self._writes.append(self._writer.submit(self._lock.release))  # even if waiting for it is interrupted
+        self.wait()
 
     def is_claimed(self) -> bool:
         """Whether some process is writing here now. Needs no permission to write, and keeps no process from starting.
@@ -288,6 +292,24 @@ class RunFolder:
             newest = next((folder.name for folder in reversed(self.checkpoints())), "none yet")
             warn(f"{name} could not be written ({reason}); training goes on. The newest whole checkpoint: {newest}")
             return False
+
+    def write_later(self, name: str, fill: Callable[[Path], None], then: Callable[[], None]) -> None:
+        """Write a folder in the background, after those before it, and call `then` if the disk did not refuse.
+
+        Nothing that `fill` reads may change until `wait` returns.
+        """
+
+        def write() -> None:
+            if self.write(name, fill):
+                then()
+
+        self._writes.append(self._writer.submit(write))
+
+    def wait(self) -> None:
+        """Wait until all that is to be written in the background is written. Raises what `fill` raised there."""
+        writes, self._writes = self._writes, []
+        for write in writes:
+            write.result()
 
     def prune(self, keep: int) -> None:
         """Delete all but the newest `keep` checkpoints, and none in which there are other files."""

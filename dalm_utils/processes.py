@@ -129,17 +129,22 @@ def gathered(module: nn.Module) -> Iterator[None]:
         module.reshard()
 
 
-def full_weights(module: nn.Module, tied: list[str]) -> dict | None:
+def full_weights(module: nn.Module, tied: list[str], *, copy: bool = False) -> dict | None:
     """The state dict of the model inside `module`, gathered from all processes; None where it is whole everywhere.
 
     Args:
         tied: names of weights that are stored under another name, and left out.
+        copy: return a copy in host memory, and never None, which a single process can write while it trains.
     """
-    if not isinstance(module, FSDPModule):
+    if isinstance(module, FSDPModule):
+        weights = get_model_state_dict(module, options=FULL_STATE)
+    elif copy:
+        weights = module.state_dict()
+    else:
         return None
-    weights = get_model_state_dict(module, options=FULL_STATE)
     left_out = {f"model.{name}" for name in tied}
-    return {name.removeprefix("model."): weights[name] for name in weights.keys() - left_out}
+    weights = {name.removeprefix("model."): weights[name] for name in weights.keys() - left_out}
+    return host_copy(weights) if copy else weights
 
 
 def load_weights(module: nn.Module, model: nn.Module, file: Path) -> None:
@@ -151,9 +156,20 @@ def load_weights(module: nn.Module, model: nn.Module, file: Path) -> None:
         load_model(model, file)
 
 
-def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """The optimizer's whole state on the CPU."""
+def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, *, copy: bool = False) -> dict:
+    """The optimizer's whole state in host memory; with `copy`, one that a single process can write while it trains."""
+    if copy:
+        return host_copy(get_optimizer_state_dict(module, optimizer))
     return get_optimizer_state_dict(module, optimizer, options=FULL_STATE)
+
+
+def host_copy(state):
+    """The same nested dictionaries and lists, with a copy of each tensor in host memory."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: host_copy(value) for key, value in state.items()}
+    return [host_copy(value) for value in state] if isinstance(state, list) else state
 
 
 def load_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, file: Path) -> None:

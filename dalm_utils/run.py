@@ -13,11 +13,12 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from safetensors.torch import load_model
 from torch import nn
 from tqdm import tqdm
@@ -105,6 +106,7 @@ class Run:
         self.rollbacks, self.stale = 0, 0  # rollbacks so far; evaluations since the best one
         self.anneals = self.task.denoises and not getattr(model.config, "annealed", False)
         self.saved_step = -1
+        self.in_background = saves_in_background(accelerator)
 
         self.folder = RunFolder(config.folder)
         newest = on_main(accelerator, lambda: self.folder.open(self._settings(teacher), resume))
@@ -202,6 +204,8 @@ class Run:
         self.seconds += time.perf_counter() - start
 
         record, trouble = self._progress(norm, rate) if log else ({}, None)
+        if evaluate or save:
+            self.folder.wait()  # host memory holds the copies of one step, not of several
         if evaluate and trouble is None:
             scores, trouble = self._evaluate()
             record |= scores
@@ -217,7 +221,7 @@ class Run:
         if self.is_done and self.step < self.total:
             self._record({"event": f"finished: no better {self.task.metric.upper()} in {self.stale} evaluations"})
         if self.is_done or (save and self.watch.is_calm(self._saturated())):
-            self.save()
+            self._save_if_sound()
         return bool(record)
 
     def _is_due(self, every: int) -> bool:
@@ -273,8 +277,7 @@ class Run:
             return {}, f"the held-out {self.task.metric.upper()} is not finite{since}"
         if score.mean < self.best:
             self.stale = 0
-            if self._write("best", self._model_writer()):
-                self.best = score.mean
+            self._write("best", self._model_writer(), then=partial(setattr, self, "best", score.mean))
         else:
             self.stale += 1
         key = self.task.metric
@@ -291,24 +294,29 @@ class Run:
 
     # -- checkpoints ------------------------------------------------------------------------------------
     def save(self) -> str | None:
-        """Write a checkpoint of this step, unless it is there, and prune older ones.
+        """Write a checkpoint of this step, unless it is there, prune older ones, and wait until that is done.
 
         Weights are saved only if the next training step could use them: a checkpoint is something to roll back to.
 
         Returns:
             What is wrong with the weights, if they were not saved for that reason.
         """
-        if self.saved_step == self.step:
-            return None
+        self.folder.wait()
+        trouble = None if self.saved_step == self.step else self._save_if_sound()
+        self.folder.wait()
+        return trouble
+
+    def _save_if_sound(self) -> str | None:
         trouble = self.train_step.trouble_ahead(self.step)
         if trouble is None:
             self._write_checkpoint()
         return trouble
 
     def _write_checkpoint(self) -> None:
-        train_step, accelerator = self.train_step, self.accelerator
+        train_step, accelerator, step = self.train_step, self.accelerator, self.step
         write_model = self._model_writer()
-        optimizer = optimizer_state(train_step.module, train_step.adamw)
+        optimizer = optimizer_state(train_step.module, train_step.adamw, copy=self.in_background)
+        history = History(records=list(self.history.records))
         state = {name: getattr(self, name) for name in COUNTERS}
         state["window_loss"] = accelerator.reduce(train_step.loss, "mean").item()
         state["watch"] = self.watch.state()
@@ -318,26 +326,32 @@ class Run:
         def fill(folder: Path) -> None:
             write_model(folder)
             torch.save(optimizer, folder / "optimizer.pt")
-            (folder / "state.json").write_text(json.dumps(state))
-            self.history.write(folder / "history.jsonl")
+            (folder / "state.json").write_text(json.dumps(state | {"best": self.best}))  # `best` is written by now
+            history.write(folder / "history.jsonl")
 
-        if self._write(f"step-{self.step:06d}", fill):
-            self.saved_step = self.step
+        def then() -> None:
+            self.saved_step = step
             if self.is_main:
                 self.folder.prune(self.config.keep)
 
+        self._write(f"step-{step:06d}", fill, then)
+
     def close(self) -> None:
-        """Release the run's folder."""
+        """Release the run's folder, once everything is written."""
         self.folder.close()
 
-    def _write(self, name: str, fill: Callable[[Path], None]) -> bool:
-        return on_main(self.accelerator, lambda: self.folder.write(name, fill))
+    def _write(self, name: str, fill: Callable[[Path], None], then: Callable[[], None]) -> None:
+        """Write a folder of the run, and do `then` if the disk took it; perhaps in the background, in this order."""
+        if self.in_background:
+            self.folder.write_later(name, fill, then)
+        elif on_main(self.accelerator, lambda: self.folder.write(name, fill)):
+            then()
 
     def _model_writer(self) -> Callable[[Path], None]:
         """A function that writes the model as it is now. All processes must ask for it, since FSDP gathers from all."""
         if self.task.denoises:  # a model whose mask has opened is trained further without closing it
             self.model.config.annealed = self.task.ratio(max(0, self.step - 1)) == 1.0
-        weights = full_weights(self.train_step.module, self.model.all_tied_weights_keys)
+        weights = full_weights(self.train_step.module, self.model.all_tied_weights_keys, copy=self.in_background)
         return lambda folder: save_diffusion(self.model, self.tokenizer, folder, weights)
 
     def _restore(self, checkpoint: Path | None) -> None:
@@ -361,6 +375,7 @@ class Run:
 
     def _roll_back(self, trouble: str) -> None:
         """Continue from the newest checkpoint with a lower learning rate, and say so, on the disk too."""
+        self.folder.wait()
         was, rollbacks, seconds, best, counted = self.step, self.rollbacks + 1, self.seconds, self.best, self.watch
         newest = on_main(self.accelerator, self.folder.newest)
         if newest is None or rollbacks > MAX_ROLLBACKS:
@@ -389,6 +404,11 @@ def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, conf
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise ValueError(f"the weights {name} of the model are not finite; load it again from a whole copy")
+
+
+def saves_in_background(accelerator: Accelerator) -> bool:
+    """Whether a run trains on while checkpoints are written. On a CPU the copies would cost what that saves."""
+    return accelerator.device.type == "cuda" and accelerator.distributed_type == DistributedType.NO
 
 
 def _digest(model: nn.Module) -> str:

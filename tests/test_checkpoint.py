@@ -6,9 +6,11 @@ import json
 import mmap
 import os
 import resource
+import shutil
 import stat
 import subprocess
 import threading
+from multiprocessing import connection
 from pathlib import Path
 
 import pytest
@@ -16,10 +18,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from dalm_utils import checkpoint, train
+from dalm_utils import checkpoint, run, train
 from dalm_utils.checkpoint import RunFolder, is_whole, sync, write_whole
 from dalm_utils.history import History
-from tests.helpers import tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
+from tests.helpers import PATIENCE, comparable, stop_after, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
+from tests.processes import CONTEXT, exit_codes, start, train_tiny
 
 SETTINGS = {"model": "tiny", "corpus": "abc", "total_steps": 12}
 
@@ -503,3 +506,217 @@ def test_windows_is_not_asked_to_sync_a_folder(tmp_path, monkeypatch):
         patch.setattr(os, "open", lambda path, flags, open=os.open: opened.append((path, flags)) or open(path, flags))
         sync(file, tmp_path)
     assert opened == [(file, os.O_RDWR)]  # Windows flushes only what was opened for writing
+
+
+# ------------------------------------------------------------------------------------ in the background
+def test_writes_in_the_background_keep_their_order_and_never_overlap(tmp_path):
+    folder, done, disk = RunFolder(tmp_path), [], threading.Event()
+
+    def fill(place):
+        done.append(f"{place.name} begun")
+        assert disk.wait(PATIENCE)
+        done.append(f"{place.name} filled")
+
+    for name in ("best", "step-000004", "step-000008"):
+        folder.write_later(name, fill, then=lambda name=name: done.append(name))
+    assert not done[1:] and not is_whole(tmp_path / "best")  # the caller was not kept waiting
+    disk.set()
+    folder.wait()
+    assert done == [
+        text
+        for name in ("best", "step-000004", "step-000008")
+        for text in (f".{name}.unfinished begun", f".{name}.unfinished filled", name)
+    ]
+    assert is_whole(tmp_path / "best") and [path.name for path in folder.checkpoints()] == [
+        "step-000004",
+        "step-000008",
+    ]
+
+
+def test_what_goes_wrong_in_the_background_is_told_as_in_the_foreground(tmp_path, capsys):
+    folder, done = RunFolder(tmp_path), []
+
+    def refused(place):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder.write_later("step-000004", refused, then=lambda: done.append("refused"))
+    folder.wait()
+    assert "step-000004 could not be written (No space left on device)" in capsys.readouterr().err
+    folder.write_later("step-000008", lambda place: len(3), then=lambda: done.append("wrong"))
+    with pytest.raises(TypeError):
+        folder.wait()
+    folder.wait()  # it is raised once
+    assert not done and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_folder_is_released_when_it_is_written_even_if_the_wait_is_interrupted(tmp_path, monkeypatch, interrupted):
+    folder, _ = opened(tmp_path / "run")
+    disk, closing = threading.Event(), threading.Event()
+    folder.write_later("best", lambda place: disk.wait(PATIENCE), then=lambda: None)
+    wait = folder.wait
+
+    def waits():
+        closing.set()
+        if interrupted:
+            raise KeyboardInterrupt
+        wait()
+
+    monkeypatch.setattr(folder, "wait", waits)
+
+    def close():
+        with contextlib.suppress(KeyboardInterrupt):
+            folder.close()
+
+    closes = threading.Thread(target=close)
+    closes.start()
+    assert closing.wait(PATIENCE) and folder.is_claimed() and not is_whole(tmp_path / "run" / "best")
+    disk.set()
+    closes.join()
+    wait()
+    assert not folder.is_claimed() and is_whole(tmp_path / "run" / "best")
+
+
+@pytest.fixture
+def lazy_disk(monkeypatch):
+    """Runs write in the background, to a disk that does nothing until somebody waits for it."""
+    waited, wait, write = threading.Event(), RunFolder.wait, checkpoint.write_whole
+
+    def waits(folder):
+        waited.set()
+        wait(folder)
+        waited.clear()
+
+    def writes(folder, fill):
+        assert waited.wait(PATIENCE), "nobody waits for what is being written"
+        return write(folder, fill)
+
+    monkeypatch.setattr(RunFolder, "wait", waits)
+    monkeypatch.setattr(checkpoint, "write_whole", writes)
+    monkeypatch.setattr(run, "saves_in_background", lambda accelerator: True)
+
+
+def saved(folder):
+    """What a run left, but for its clock: every file of its checkpoints, and the state and the optimizer as values."""
+    left = {}
+    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
+        assert is_whole(place)
+        for path in place.iterdir():
+            left[place.name, path.name] = path.read_bytes()
+        if place.name == "best":
+            continue
+        state = json.loads(left.pop((place.name, "state.json")))
+        optimizer = torch.load(place / "optimizer.pt", weights_only=True)
+        left[place.name, "state.json"] = {name: value for name, value in state.items() if name != "seconds"}
+        left[place.name, "optimizer.pt"] = (
+            json.dumps(optimizer["param_groups"]),
+            [
+                (name, key, value.tolist())
+                for name, values in optimizer["state"].items()
+                for key, value in values.items()
+            ],
+        )
+        left[place.name, "history.jsonl"] = comparable(History.load(place / "history.jsonl"))
+        del left[place.name, "manifest.json"]
+    return left, comparable(History.load(folder / "history.jsonl"))
+
+
+RUN = dict(dropout=0.1, keep=9, log_every=1, eval_every=3, steps=14)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_a_run_leaves_the_same_files_whether_it_writes_in_the_background_or_not(tmp_path, request, family):
+    """Weights, optimizer and history are those of the step, though the run has gone on when they are written."""
+    config = tiny_config(tmp_path, **RUN)
+    train(*tiny_diffusion(family), config)
+    request.getfixturevalue("lazy_disk")
+    train(*tiny_diffusion(family), config.replace(name="background"))
+    assert saved(tmp_path / "runs" / "background") == saved(config.folder)
+
+
+def test_a_run_that_writes_in_the_background_stops_and_resumes(tmp_path, request):
+    config = tiny_config(tmp_path, **RUN)
+    train(*tiny_diffusion(), config.replace(name="whole"))
+    request.getfixturevalue("lazy_disk")
+    train(*tiny_diffusion(), config, on_log=stop_after(5))
+    assert is_whole(config.folder / "step-000004") and is_whole(config.folder / "step-000005")
+    train(*tiny_diffusion(), config)
+    shutil.rmtree(config.folder / "step-000005")
+    assert saved(config.folder) == saved(tmp_path / "runs" / "whole")
+
+
+def test_a_run_that_writes_in_the_background_rolls_back_to_what_it_wrote(tmp_path, request):
+    """The head breaks right after the checkpoint of step 4 was handed over."""
+
+    def disturb(history, config):
+        if history.records[-1]["step"] == 4 and not history.last("event"):
+            model.get_output_embeddings().weight.data.mul_(1e3)
+
+    for name in ("foreground", "background"):
+        model, tokenizer = tiny_diffusion()
+        history = train(model, tokenizer, tiny_config(tmp_path, **RUN, name=name), on_log=disturb)
+        assert "rolled back to step 4" in history.last("event")
+        if name == "foreground":
+            request.getfixturevalue("lazy_disk")
+    assert saved(tmp_path / "runs" / "background") == saved(tmp_path / "runs" / "foreground")
+
+
+def test_a_disk_that_refuses_in_the_background_does_not_stop_the_run(tmp_path, lazy_disk, monkeypatch, capsys):
+    """All but the last checkpoint are refused; then the last one as well, which is an error."""
+    config = tiny_config(tmp_path)
+    write, refused = checkpoint.write_whole, {"best", "step-000004", "step-000008"}
+
+    def writes(folder, fill):
+        if folder.name in refused:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(folder, fill)
+
+    monkeypatch.setattr(checkpoint, "write_whole", writes)
+    train(*tiny_diffusion(), config)
+    assert capsys.readouterr().err.count("could not be written (No space left on device)") == 4  # `best` twice
+    assert [path.name for path in config.folder.iterdir() if path.is_dir()] == ["step-000012"]
+    assert json.loads((config.folder / "step-000012" / "state.json").read_text())["best"] == float("inf")
+    refused |= {"step-000016"}
+    with pytest.raises(RuntimeError, match=r"at step 16, could not be written.*the checkpoint of step 12 is"):
+        train(*tiny_diffusion(), config.replace(steps=16))
+    assert not RunFolder(config.folder).is_claimed()
+
+
+def train_with_a_stuck_disk(folder, settings, step, pipe):
+    """What a process does: train, write in the background, never finish the checkpoint of `step`, and tell when the
+    run is three steps further.
+    """
+    begun, sync_now = threading.Event(), checkpoint.sync
+
+    def sync(*paths):
+        if paths[0].parent.name == f".step-{step:06d}.unfinished":
+            begun.set()
+            threading.Event().wait()
+        sync_now(*paths)
+
+    def tell(history, config):
+        if history.records[-1]["step"] == step + 3:
+            begun.wait()
+            pipe.send("stuck")
+
+    checkpoint.sync = sync
+    run.saves_in_background = lambda accelerator: True
+    train_tiny(folder, settings, None, tell)
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_writes_in_the_background_keeps_the_checkpoint_before(tmp_path):
+    settings = RUN | dict(eval_every=14)
+    assert exit_codes(start(tmp_path, settings | {"name": "whole"})) == [0]
+    ours, theirs = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=train_with_a_stuck_disk, args=(tmp_path, settings, 8, theirs), daemon=True)
+    process.start()
+    ready = connection.wait([ours, process.sentinel], PATIENCE)
+    process.kill()
+    process.join()
+    assert ready == [ours]
+    folder = tiny_config(tmp_path, **settings).folder
+    assert [path.name for path in RunFolder(folder).checkpoints()] == ["step-000004"]
+    assert is_whole(folder / "step-000004") and (folder / ".step-000008.unfinished").exists()
+    assert exit_codes(start(tmp_path, settings)) == [0]
+    assert saved(folder) == saved(tmp_path / "runs" / "whole")
