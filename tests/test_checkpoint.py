@@ -112,12 +112,12 @@ def test_what_a_killed_process_left_is_put_right(tmp_path):
 
 
 def test_where_the_text_is_may_change_but_not_its_tokens(tmp_path):
-    write(tmp_path / "run" / "step-000001")
-    for text in ("there", "here"):
+    for text in ("elsewhere", "there", "here"):
         folder, _ = opened(tmp_path / "run", text=text, corpus="1f")
         folder.close()
+        write(tmp_path / "run" / "step-000001")
         assert json.loads((tmp_path / "run" / "config.json").read_text())["text"] == text
-    with pytest.raises(ValueError, match="text: 'here' then, 'away' now; corpus: '1f' then, '2f' now"):
+    with pytest.raises(ValueError, match="corpus: '1f' then, '2f' now; text: 'here' then, 'away' now"):
         opened(tmp_path / "run", text="away", corpus="2f")
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (settings["text"], settings["corpus"]) == ("here", "1f")
