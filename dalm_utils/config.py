@@ -33,6 +33,12 @@ def runs_folder() -> Path:
     return PROJECT / (os.environ.get("DALM_RUNS") or RunConfig.runs)
 
 
+def display_path(path: str | Path) -> str:
+    """A path as one would type it here: relative within the working directory, else absolute."""
+    relative = os.path.relpath(path)
+    return os.path.abspath(path) if relative.startswith(os.pardir) else relative
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Every setting of one training run. Immutable: use `replace` to make a changed copy."""

@@ -7,11 +7,8 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 from types import SimpleNamespace
 
-import nbformat
 import pytest
 
 import dalm_utils.__main__ as cli
@@ -22,7 +19,7 @@ from dalm_utils.config import PROJECT
 from dalm_utils.history import History
 from dalm_utils.hubs import BASES, SHIPPED
 from dalm_utils.quality import infilling
-from tests.helpers import PATIENCE, TEXTS, stop_after, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
+from tests.helpers import TEXTS, stop_after, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -507,61 +504,3 @@ def test_training_continues_from_the_best_model_of_a_run_with_an_open_mask(workp
     assert main([*asked, "name=second", f"base={workplace / 'runs' / 'first' / 'best'}", "distill=0"]) == 0
     first, second = (History.load(workplace / "runs" / name / "history.jsonl") for name in ("first", "second"))
     assert first.series("ratio")[1] == [0.5, 1, 1] and second.series("ratio")[1] == [1, 1, 1]
-
-
-@pytest.mark.slow
-def test_a_notebook_runs_with_progress_and_becomes_a_page(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("dalm_utils.scripts.notebook.PROJECT", tmp_path)
-    sources = ["import sys", "print('busy', file=sys.stderr)", "print('where to look')"]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
-    nbformat.write(notebook, tmp_path / "small.ipynb")
-    assert main(["notebook", str(tmp_path / "small.ipynb")]) == 0
-    captured = capsys.readouterr()
-    assert "cell 3/3: print('where to look')" in captured.out and captured.out.count("where to look") == 2
-    assert "busy" in captured.err
-    target = Path(tmp_path / "checkpoints" / "runs" / "small.ipynb")
-    executed = nbformat.read(target, as_version=4)
-    assert [cell.execution_count for cell in executed.cells] == [1, 2, 3]
-    assert not executed.cells[1].outputs  # progress bars and warnings stay on the terminal
-    assert "where to look" in target.with_suffix(".html").read_text()
-
-
-STOPPED = """
-import signal, time
-from pathlib import Path
-asked = []
-for kind in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(kind, lambda *which: asked.append(which))
-Path("begun").touch()
-end = time.monotonic() + 600
-while not asked and time.monotonic() < end:
-    time.sleep(0.1)
-time.sleep(6)  # the step in hand, longer than a kernel gets by default
-Path("checkpoint").write_text(f"{len(asked)} signal")
-"""
-
-
-@pytest.mark.slow
-def test_a_notebook_that_is_stopped_ends_its_step_and_says_how_to_go_on(tmp_path):
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(STOPPED)]), tmp_path / "long.ipynb")
-    command = [sys.executable, "-m", "dalm_utils", "notebook", str(tmp_path / "long.ipynb"), "--in-place"]
-    process = subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "begun").exists():
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    told = process.communicate(timeout=PATIENCE)[1]
-    assert process.returncode == 1 and "error: stopped; the same command continues" in told and "Traceback" not in told
-    assert (tmp_path / "checkpoint").read_text() == "1 signal"
-
-
-@pytest.mark.slow
-def test_a_failing_notebook_says_which_line_and_keeps_the_stored_one(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("dalm_utils.scripts.notebook.PROJECT", tmp_path)
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")]), tmp_path / "bad.ipynb")
-    assert main(["notebook", str(tmp_path / "bad.ipynb")]) == 1
-    error = capsys.readouterr().err
-    assert "bad.ipynb failed" in error and "1 / 0" in error
-    stored = (tmp_path / "bad.ipynb").read_bytes()
-    assert main(["notebook", "--in-place", str(tmp_path / "bad.ipynb")]) == 1
-    assert (tmp_path / "bad.ipynb").read_bytes() == stored

@@ -2,68 +2,274 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import os
+import shutil
+import signal
 import sys
+import tempfile
 import time
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
+from ipykernel.kernelspec import RESOURCES, get_kernel_dict
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbconvert import HTMLExporter
 
-from ..config import PROJECT
+from ..config import display_path, runs_folder
+
+RECORD = ".notebooks"  # the hashes of all files that were written to the folder of runs, one per line
+STARTUP = 600  # seconds that a kernel may take to begin, on a busy machine
+SHUTDOWN = 1200  # seconds that a kernel may take to end, since a training step may take minutes
 
 
-def run_notebook(path: Path, *, in_place: bool = False) -> None:
-    """Execute with the kernel's progress bars on the terminal; the results lie beside the run's checkpoints."""
+def run_notebook(path: Path, *, in_place: bool = False) -> int | None:
+    """Execute a notebook in a kernel of this Python, whatever kernel the notebook names.
 
-    class Client(NotebookClient):
-        def process_message(self, message, cell, cell_index):
-            if message["msg_type"] == "stream" and message["content"]["name"] == "stderr":
-                print(message["content"]["text"], end="", file=sys.stderr, flush=True)  # progress bars and warnings
-                return None
-            return super().process_message(message, cell, cell_index)
+    The executed notebook, and an HTML page of it, go to the folder of runs, and with `in_place` into the notebook
+    itself. If a cell fails, the kernel dies or a signal stops it, the notebook is not touched, and the outputs so far
+    go to NAME.unfinished.ipynb in the folder of runs. A file there is replaced only if this function wrote it.
 
-    notebook = nbformat.read(path, as_version=4)
-    code = [index for index, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
-    begun = time.monotonic()
+    Returns:
+        The signal that stopped the run (Ctrl-C or SIGTERM), or None.
 
-    def announce(cell, cell_index, **_):
-        if cell.cell_type == "code" and cell.source.strip():
-            first_line = next((line for line in cell.source.splitlines() if line.strip()), "")
-            minutes = (time.monotonic() - begun) / 60
-            print(f"[{minutes:4.1f} min] cell {code.index(cell_index) + 1}/{len(code)}: {first_line[:90]}", flush=True)
-
-    client = Client(
-        notebook,
-        timeout=None,
-        extra_arguments=["--log-level=CRITICAL"],
-        resources={"metadata": {"path": str(path.parent)}},
-    )
-    client.on_cell_start = announce
-    client.create_kernel_manager().shutdown_wait_time = 1200  # seconds; half of them to end a training step in
-    target = path if in_place else PROJECT / "checkpoints" / "runs" / path.name
-    failure = None
+    Raises:
+        ValueError: the file is not a notebook, or not one of Python.
+        OSError: the results cannot be written. This is checked before the first cell runs.
+        RuntimeError: a cell failed, or the kernel died.
+    """
+    notebook, results = _read(path), _plan(path, in_place)
+    client = Client(notebook, path.parent)
     try:
         client.execute()
-    except CellExecutionError as error:
-        failure = RuntimeError(f"a cell of {path.name} failed:\n{error}")
-    except (AssertionError, DeadKernelError):  # nbclient's own, after Ctrl-C: its kernel is gone
-        raise RuntimeError("stopped; the same command continues from the newest checkpoint") from None
-    if failure is None or not in_place:  # a notebook under git is replaced by a whole run only
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for cell in notebook.cells:  # when and how fast cells ran is nobody's business but the terminal's
-            cell.metadata.pop("execution", None)
-        nbformat.write(notebook, target)
-    if failure is not None:
-        raise failure
-    if not in_place:
-        page, _ = HTMLExporter(template_name="classic").from_notebook_node(notebook)
-        target.with_suffix(".html").write_text(page)
-    print(f"\nfinished in {(time.monotonic() - begun) / 60:.1f} minutes")
-    for output in notebook.cells[code[-1]].outputs:
+        if client.stopped_by:
+            raise RuntimeError("stopped in the last cell")
+    except BaseException as error:
+        kept = _keep(notebook, results.unfinished)
+        if client.stopped_by:
+            print(f"stopped in {client.current}. {kept}", file=sys.stderr)
+            return client.stopped_by
+        if isinstance(error, (CellExecutionError, RuntimeError)):
+            raise RuntimeError(f"{client.explain(path.name, error)}. {kept}") from None
+        raise
+    _write(results.notebook, nbformat.writes(notebook), record=not in_place)
+    print(f"\nfinished in {client.minutes:.1f} minutes")
+    for output in client.code[-1].outputs if client.code else []:
         print(output.get("text", ""), end="")
-    print(f"the executed notebook: {os.path.relpath(target)}")
-    if not in_place:
-        print(f"the same as a page:    {os.path.relpath(target.with_suffix('.html'))}")
+    print(f"the executed notebook: {display_path(results.notebook)}")
+    if results.page:
+        _write(results.page, HTMLExporter(template_name="classic").from_notebook_node(notebook)[0], record=True)
+        print(f"the same as a page:    {display_path(results.page)}")
+    return None
+
+
+def _keep(notebook: nbformat.NotebookNode, unfinished: Path) -> str:
+    """Save the outputs of a run that did not get to its end, and say where they are."""
+    try:
+        _write(unfinished, nbformat.writes(notebook), record=True)
+    except OSError as error:
+        where = f"could not be written to {display_path(unfinished)} ({error.strerror})"
+    else:
+        where = f"are in {display_path(unfinished)}"
+    return f"The outputs so far {where}; the same command resumes training from the newest checkpoint"
+
+
+# ----------------------------------------------------------------------------------------------- the kernel
+class ThisPython(KernelSpecManager):
+    """Knows one kernel, that of this Python, under every name."""
+
+    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+        return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
+
+
+class Client(NotebookClient):
+    """Runs the cells of a notebook, prints the progress, and stops at the end of a cell when a signal asks for it.
+
+    The first Ctrl-C or SIGTERM interrupts the cell in progress, like the stop button of Jupyter: training finishes its
+    step and writes a checkpoint. The second one kills the kernel.
+    """
+
+    def __init__(self, notebook: nbformat.NotebookNode, folder: Path):
+        super().__init__(
+            notebook, timeout=None, startup_timeout=STARTUP, record_timing=False,
+            extra_arguments=["--log-level=CRITICAL"], resources={"metadata": {"path": str(folder)}},
+        )  # fmt: skip
+        self.code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        self.current = "the start of the kernel"  # what it does now, in words
+        self.stopped_by: int | None = None
+        self.exit_status: int | None = None  # of a kernel that died
+        self.begun = time.monotonic()
+        self.on_cell_start, self.on_notebook_error = self._announce, self._ask_exit_status
+
+    @property
+    def minutes(self) -> float:
+        return (time.monotonic() - self.begun) / 60
+
+    def create_kernel_manager(self) -> AsyncKernelManager:
+        self.km = AsyncKernelManager(kernel_spec_manager=ThisPython(), shutdown_wait_time=SHUTDOWN)
+        return self.km
+
+    async def async_start_new_kernel(self, **options) -> None:
+        loop = asyncio.get_running_loop()
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(kind, self._stop, kind)  # instead of nbclient's, which shuts the kernel down
+        await super().async_start_new_kernel(**options)
+
+    def _stop(self, kind: int) -> None:
+        again, self.stopped_by = self.stopped_by is not None, kind
+        if self.km is not None and self.km.has_kernel:
+            print(f"stopping {self.current}" + ("" if again else "; once more kills it"), file=sys.stderr, flush=True)
+            end = self.km.shutdown_kernel(now=True) if again else self.km.interrupt_kernel()
+            self._ending = asyncio.ensure_future(end)  # kept, since the loop holds tasks weakly
+
+    def _announce(self, cell: nbformat.NotebookNode, **_) -> None:
+        if self.stopped_by:
+            raise RuntimeError("stopped")
+        if cell.cell_type == "code" and cell.source.strip():
+            number = next(n for n, other in enumerate(self.code, 1) if other is cell)
+            first_line = next(line for line in cell.source.splitlines() if line.strip())[:90]
+            self.current = f"cell {number} of {len(self.code)} ({first_line})"
+            print(f"[{self.minutes:4.1f} min] cell {number}/{len(self.code)}: {first_line}", flush=True)
+
+    async def _ask_exit_status(self, **_) -> None:
+        if self.km is not None and self.km.provisioner is not None:
+            self.exit_status = await self.km.provisioner.poll()
+
+    def process_message(self, message, cell, cell_index):
+        if message["msg_type"] == "stream" and message["content"]["name"] == "stderr":
+            print(message["content"]["text"], end="", file=sys.stderr, flush=True)  # progress bars and warnings
+            return None
+        return super().process_message(message, cell, cell_index)
+
+    def explain(self, name: str, error: Exception) -> str:
+        """What went wrong, for the user of a notebook of this name."""
+        if isinstance(error, CellExecutionError):
+            return f"{error}\n{self.current} of {name} failed"
+        if not isinstance(error, DeadKernelError):
+            return f"the kernel of {name} failed: {error}"
+        status = self.exit_status or 0
+        if status < 0:
+            how = f"killed by signal {-status} ({signal.strsignal(-status)}), perhaps because memory ran out"
+        else:
+            how = f"with exit status {status}"
+        return f"the kernel of {name} died in {self.current}, {how}"
+
+
+# ------------------------------------------------------------------------------------------------ the files
+def _read(path: Path) -> nbformat.NotebookNode:
+    """A notebook in the current format, without the outputs of earlier runs."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about cells without an id, which get one
+            notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            cell.metadata.pop("execution", None)
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+        notebook.metadata.pop("widgets", None)
+        language = _language(notebook.metadata)
+        _validate(notebook)
+    except OSError:
+        raise
+    except Exception as error:  # nbformat lets through whatever a malformed file leads to
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path} is not a notebook: {reason}") from error
+    if "python" not in language.lower():
+        raise ValueError(f"{path} is a notebook of {language}; only those of Python can be run")
+    return notebook
+
+
+def _language(metadata: dict) -> str:
+    for name, field in (("language_info", "name"), ("kernelspec", "language")):
+        about = metadata.get(name)
+        if isinstance(about, dict) and isinstance(about.get(field), str):
+            return about[field]
+    return "python"
+
+
+def _validate(notebook: nbformat.NotebookNode) -> None:
+    """Check against nbformat's schema; what the notebook says about its kernel may be wrong, and is dropped then."""
+    try:
+        nbformat.validate(notebook)
+    except nbformat.ValidationError:
+        for name in ("kernelspec", "language_info"):
+            notebook.metadata.pop(name, None)
+        nbformat.validate(notebook)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Where the results of a notebook go."""
+
+    notebook: Path
+    page: Path | None
+    unfinished: Path  # the outputs of a run that does not get to its end
+
+
+def _plan(path: Path, in_place: bool) -> Results:
+    """Where the results will go. Raises OSError if they cannot be written, ValueError if they would replace `path`."""
+    runs = runs_folder()
+    _check_folder(runs, "; DALM_RUNS names another folder")
+    results = Results(runs / path.name, runs / f"{path.stem}.html", runs / f"{path.stem}.unfinished.ipynb")
+    _check_ours(results.unfinished)
+    if in_place:
+        target = path.resolve()
+        _check_folder(target.parent)
+        if not (os.access(target, os.W_OK) and target.stat().st_mode & 0o222):
+            raise PermissionError(f"{path} is read-only")
+        return Results(target, None, results.unfinished)
+    if results.notebook.exists() and results.notebook.samefile(path):
+        raise ValueError(f"{path} is where its own results would go; pass --in-place to write them into it")
+    _check_ours(results.notebook)
+    _check_ours(results.page)
+    return results
+
+
+def _check_folder(folder: Path, remedy: str = "") -> None:
+    """Make a folder if it is missing; raise OSError if no file can be created in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written ({error.strerror}){remedy}") from error
+
+
+def _check_ours(path: Path) -> None:
+    """Raise FileExistsError for a file that was not written by `_write`, or was changed since."""
+    if path.exists() and (not path.is_file() or _digest(path.read_bytes()) not in _record_of(path).split()):
+        raise FileExistsError(f"{path} was not written by this command, or was changed since; move it to another place")
+
+
+def _write(path: Path, text: str, *, record: bool) -> None:
+    """Replace a file in one move, and with `record` remember that it is ours to replace."""
+    content = f"{text.rstrip()}\n".encode("utf-8", "replace")
+    if record:
+        with path.with_name(RECORD).open("a") as file:
+            file.write(f"{_digest(content)}\n")
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _record_of(path: Path) -> str:
+    record = path.with_name(RECORD)
+    return record.read_text(errors="replace") if record.exists() else ""
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
