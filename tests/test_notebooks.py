@@ -17,7 +17,6 @@ from dalm_utils.config import PROJECT
 from dalm_utils.scripts import notebook as runner
 from tests.helpers import PATIENCE
 from tests.nbval_tolerance import RECORDED, snap, snap_outputs
-from tests.processes import PATIENCE
 
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
 IGNORED = "nbval-ignore-output"

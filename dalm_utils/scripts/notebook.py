@@ -126,7 +126,7 @@ class Client(NotebookClient):
         if self.km is not None and self.km.has_kernel:
             print(f"stopping {self.current}" + ("" if again else "; once more kills it"), file=sys.stderr, flush=True)
             end = self.km.shutdown_kernel(now=True) if again else self.km.interrupt_kernel()
-            self._ending = asyncio.ensure_future(end)  # kept, since the loop holds tasks weakly
+            self._ending = asyncio.ensure_future(end)  # type: ignore[call-overload]  # kept: the loop holds tasks weakly
 
     def _announce(self, cell: nbformat.NotebookNode, **_) -> None:
         if self.stopped_by:
@@ -227,7 +227,7 @@ def _plan(path: Path, in_place: bool) -> Results:
     if results.notebook.exists() and results.notebook.samefile(path):
         raise ValueError(f"{path} is where its own results would go; pass --in-place to write them into it")
     _check_ours(results.notebook)
-    _check_ours(results.page)
+    _check_ours(runs / f"{path.stem}.html")
     return results
 
 
