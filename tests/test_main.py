@@ -484,7 +484,7 @@ def test_a_machine_that_cannot_run_a_profile_is_an_error_before_any_download(mon
     loaded = []
     monkeypatch.setattr("dalm_utils.run.load_base", lambda *arguments, **_: loaded.append(arguments))
     assert main(["train", "gpt2", "--profile", "full"]) == 1
-    assert "torch sees no CUDA device here" in capsys.readouterr().err and not loaded
+    assert "torch sees no CUDA device" in capsys.readouterr().err and not loaded
 
 
 def test_a_finished_run_continues_with_more_steps(workplace, capsys):
