@@ -434,6 +434,7 @@ print(load_corpus("docstrings", tiny_tokenizer(), cache=sys.argv[2]).facts["docu
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start_method, name", [("spawn", "main.py"), ("forkserver", "main.py"), ("spawn", "-")])
 def test_a_script_without_a_guard_prepares_docstrings_under_every_start_method(tmp_path, start_method, name):
     """Processes that import the main script again would wait here for the lock of the one that waits for them."""

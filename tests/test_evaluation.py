@@ -142,6 +142,7 @@ def test_the_formula_of_the_standard_error(documents, expected):
     assert standard_error(values, documents and np.array(documents)) == pytest.approx(expected, nan_ok=True)
 
 
+@pytest.mark.slow
 def test_a_sample_of_blocks_speaks_for_a_text_of_long_documents_which_its_first_blocks_do_not(tmp_path):
     """Documents from all that a shipped model knows to all that it does not, each longer than 64 blocks."""
     model, tokenizer = load_base("tiny-gpt2")

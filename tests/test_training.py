@@ -41,7 +41,6 @@ def weights(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.slow
 def test_training_lowers_loss_and_nelbo_and_leaves_what_it_promises(tmp_path):
     config = tiny_config(tmp_path, steps=60, eval_every=20, learning_rate=1e-2, sample_every=30)
     model, tokenizer = tiny_diffusion()
@@ -171,7 +170,6 @@ def test_a_finished_or_other_run_is_not_overwritten(tmp_path):
     assert json.loads((config.folder / "config.json").read_text())["learning_rate"] == 0.001
 
 
-@pytest.mark.slow
 def test_arms_are_paired_and_each_equals_training_alone(tmp_path):
     config = tiny_config(tmp_path, base=tiny_base(tmp_path))
     shown = []
@@ -287,7 +285,6 @@ def test_fp16_skips_a_step_that_overflows_and_lowers_its_scale(tmp_path, fp16):
     assert state["scaler"]["scale"] == 2.0 ** (28 - history.last("skipped"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stop", [3, 11])  # while the scale still falls, and after
 def test_an_interrupted_fp16_run_keeps_its_loss_scale(tmp_path, fp16, stop):
     whole, tokenizer = tiny_diffusion()
