@@ -29,6 +29,7 @@ TEMPORARY = re.compile(rf"\.(?:(best|{CHECKPOINT})\.(unfinished|old)|(?:config\.
 RUN_KEYS = ("model", "corpus", "total_steps")  # in the config.json of every run, and not of a model
 FRESH = "pass resume='never', in a terminal --fresh"
 DEFAULTS = {field.name: field.default for field in fields(RunConfig)}
+DEFAULTS["train_blocks_are"] = "the first"  # of the text; later versions sample them over its documents
 NOT_COMPARED = {"text", "field"}  # where the tokens came from; a digest of the tokens is compared instead
 MACHINE_KEYS = ("seconds", "tokens_per_second", "memory", "eta")  # of a record: they differ when a run is repeated
 

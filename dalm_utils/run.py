@@ -135,6 +135,7 @@ class Run:
             "mask_id": mask_id_of(self.model),
             "tokenizer": tokenizer_digest(self.tokenizer),
             "corpus": self.task.digest,
+            "train_blocks_are": "sampled" if self.config.train_blocks else "the first",
             "teacher": None if teacher is None else _digest(teacher),
         }
 

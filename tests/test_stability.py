@@ -173,7 +173,7 @@ def test_the_best_model_stays_the_best_when_a_run_goes_back(tmp_path):
 def test_an_arm_that_goes_back_gives_the_history_it_ends_with(tmp_path, monkeypatch):
     shaky, tokenizer = tiny_diffusion()
     models = iter([tiny_diffusion(), (Fault(range(11, 16), broken).strike(shaky), tokenizer)])
-    monkeypatch.setattr(training, "build", lambda config: next(models))
+    monkeypatch.setattr(training, "build", lambda config, **_: next(models))
     config = tiny_config(tmp_path, steps=24, log_every=1, eval_every=12, save_every=4, max_skips=3)
     drawn = []
     histories = train_arms(

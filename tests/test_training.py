@@ -533,3 +533,15 @@ def test_a_resumed_run_says_from_where(tmp_path, capsys):
     assert "resuming" not in capsys.readouterr().err
     train(*tiny_diffusion(), config)
     assert "tiny: resuming from step 6 of 12" in capsys.readouterr().err
+
+
+def test_a_run_on_the_first_blocks_of_a_text_is_not_resumed_on_sampled_ones(tmp_path):
+    """Earlier versions took the first `train_blocks` of a text."""
+    config = tiny_config(tmp_path, train_blocks=8)
+    train(*tiny_diffusion(), config, on_log=stop_after(6))
+    file = config.folder / "config.json"
+    settings = json.loads(file.read_text())
+    assert settings.pop("train_blocks_are") == "sampled"
+    file.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="train_blocks_are: 'the first' then, 'sampled' now"):
+        train(*tiny_diffusion(), config)
