@@ -238,7 +238,7 @@ asked = []
 for kind in (signal.SIGINT, signal.SIGTERM):
     signal.signal(kind, lambda *which: asked.append(which))
 Path("begun").touch()
-end = time.monotonic() + 600
+end = time.monotonic() + 1800
 while not asked and time.monotonic() < end:
     time.sleep(0.1)
 time.sleep(6)  # the step in hand, longer than a kernel gets by default
