@@ -32,7 +32,7 @@ from dalm_utils.checkpoint import MACHINE_KEYS
 from dalm_utils.config import RunConfig
 
 END = "<|endoftext|>"
-PATIENCE = 600  # seconds until a process counts as hung: far beyond what a slow machine needs
+PATIENCE = 1800  # seconds until a process counts as hung: far beyond what a slow machine needs
 TEXTS = [
     f"Return the {what} of {noun} along the {place} axis. Parameters: a : array_like, axis : {kind}, optional."
     for what, noun, place, kind in itertools.product(

@@ -13,6 +13,7 @@ import re
 from nbval.plugin import IPyNbCell
 
 RELATIVE, ABSOLUTE = 0.03, 0.006
+PATIENCE = 1800  # seconds until a kernel has started or handed over its outputs: a slow machine is no failure
 RECORDED = "recorded"
 DECIMAL = re.compile(r"-?\d+\.\d+")
 
@@ -64,3 +65,10 @@ def pytest_configure(config):
         return compare(self, test, ref, skip_compare)
 
     IPyNbCell.compare_outputs = compare_outputs
+    config.option.nbval_kernel_startup_timeout, config.option.nbval_cell_timeout = PATIENCE, 10 * PATIENCE
+
+
+def pytest_collection_modifyitems(items):
+    for cell in items:
+        if isinstance(cell, IPyNbCell):
+            cell.output_timeout = PATIENCE

@@ -6,6 +6,7 @@ how fast they are: a test holds a run at a step with a `Gate`, or gives it a `St
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -105,6 +106,7 @@ def train_tiny(folder: Path, changes: dict, environment: dict | None, on_log: Ca
     torch.set_num_threads(1)
     messages = (folder / f"messages-{os.environ.get('RANK', '0')}").open("a", buffering=1)
     sys.stdout = sys.stderr = messages
+    faulthandler.enable(messages)  # where it hangs, if it is aborted for that
     if "ACCELERATE_USE_FSDP" in os.environ and os.environ["ACCELERATE_USE_CPU"] == "true":
         allow_fsdp_on_cpus()
     model, tokenizer = tiny_diffusion()
@@ -141,13 +143,13 @@ def start(folder: Path, changes: dict, environment: dict | None = None, on_log: 
 
 
 def exit_codes(*processes) -> list[int | None]:
-    """How processes end; None for one that does not, which is killed."""
+    """How processes end. One that hangs is aborted, and its messages say where it was."""
     for process in processes:
         process.join(PATIENCE)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    return codes
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGABRT)
+            process.join()
+    return [process.exitcode for process in processes]
 
 
 def last_step(folder: Path) -> int:

@@ -58,7 +58,7 @@ def interrupt_again_and_again(folder: Path, times: int, settings: dict, seed: in
         at_start = kind == signal.SIGKILL and number % 4 == 3
         strike = Strike(0 if at_start else target, draw.randint(1, CALLS), kind)
         codes = exit_codes(start(folder, settings, on_log=strike))
-        assert codes == [-signal.SIGKILL if kind == signal.SIGKILL else 0]
+        assert codes == [-signal.SIGKILL if kind == signal.SIGKILL else 0], (folder / "messages-0").read_text()[-4000:]
         whole = [checkpoint.step_of(path) for path in RunFolder(run).checkpoints() if is_whole(path)]
         figures["times"] += 1
         figures["while writing a checkpoint"] += any(path.is_dir() for path in run.glob("*.unfinished"))
