@@ -262,7 +262,9 @@ def test_a_notebook_runs_in_this_python_whatever_kernel_it_names(tmp_path, runs,
     fake.joinpath("kernel.json").write_text(json.dumps({"argv": ["false"], "display_name": "x", "language": "python"}))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     path = write_notebook(tmp_path / "mine.ipynb", "import sys\nprint(sys.executable)", **metadata)
+    path.chmod(0o600)
     assert main(["notebook", str(path), "--in-place"]) == 0
+    assert path.stat().st_mode & 0o777 == 0o600
     assert printed(path) == [f"{sys.executable}\n"]
     if "display_name" in metadata["kernelspec"]:  # one that is valid, by which the user's editor chooses
         assert nbformat.read(path, as_version=4).metadata["kernelspec"] == metadata["kernelspec"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbconvert import HTMLExporter
 
+from ..checkpoint import write_file
 from ..config import display_path, runs_folder
 
 RECORD = ".notebooks"  # the hashes of all files that were written to the folder of runs, one per line
@@ -216,19 +216,20 @@ def _plan(path: Path, in_place: bool) -> Results:
     """Where the results will go. Raises OSError if they cannot be written, ValueError if they would replace `path`."""
     runs = runs_folder()
     _check_folder(runs, "; DALM_RUNS names another folder")
-    results = Results(runs / path.name, runs / f"{path.stem}.html", runs / f"{path.stem}.unfinished.ipynb")
-    _check_ours(results.unfinished)
+    unfinished = runs / f"{path.stem}.unfinished.ipynb"
+    _check_ours(unfinished)
     if in_place:
         target = path.resolve()
         _check_folder(target.parent)
         if not (os.access(target, os.W_OK) and target.stat().st_mode & 0o222):
             raise PermissionError(f"{path} is read-only")
-        return Results(target, None, results.unfinished)
-    if results.notebook.exists() and results.notebook.samefile(path):
+        return Results(target, None, unfinished)
+    target, page = runs / path.name, runs / f"{path.stem}.html"
+    if target.exists() and target.samefile(path):
         raise ValueError(f"{path} is where its own results would go; pass --in-place to write them into it")
-    _check_ours(results.notebook)
-    _check_ours(runs / f"{path.stem}.html")
-    return results
+    _check_ours(target)
+    _check_ours(page)
+    return Results(target, page, unfinished)
 
 
 def _check_folder(folder: Path, remedy: str = "") -> None:
@@ -253,17 +254,7 @@ def _write(path: Path, text: str, *, record: bool) -> None:
     if record:
         with path.with_name(RECORD).open("a") as file:
             file.write(f"{_digest(content)}\n")
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_file(path, content.decode())
 
 
 def _record_of(path: Path) -> str:
