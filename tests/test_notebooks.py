@@ -121,6 +121,16 @@ def test_a_notebook_runs_with_progress_and_becomes_a_page(tmp_path, runs, capsys
     assert main(["notebook", str(path)]) == 0  # its own results may be replaced
 
 
+def test_formulas_of_the_page_need_no_network():
+    text = "With $t < 1$:\n\n$$ \\frac{1}{t} $$\n\n`$HOME$` costs $5 or $6, and $\\unknown{$ stays."
+    cells = [nbformat.v4.new_markdown_cell(text)]
+    page = runner.Page(template_name="classic").from_notebook_node(nbformat.v4.new_notebook(cells=cells))[0]
+    for wanted in (r"<math [^>]*display=\"inline\"[^>]*>.*?<mi>t</mi><mo>&lt;</mo><mn>1</mn>", "<mfrac>"):
+        assert re.search(wanted, page)
+    for untouched in ("<code>$HOME$</code> costs $5 or $6", "and $\\unknown{$ stays"):
+        assert untouched in page
+
+
 @pytest.mark.slow
 def test_a_notebook_without_code_runs(tmp_path, runs):
     assert main(["notebook", str(write_notebook(tmp_path / "empty.ipynb"))]) == 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import html
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -15,8 +17,10 @@ from pathlib import Path
 
 import nbformat
 from ipykernel.kernelspec import RESOURCES, get_kernel_dict
+from jinja2 import pass_context
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+from latex2mathml.converter import convert
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbconvert import HTMLExporter
@@ -64,7 +68,7 @@ def run_notebook(path: Path, *, in_place: bool = False) -> int | None:
         print(output.get("text", ""), end="")
     print(f"the executed notebook: {display_path(results.notebook)}")
     if results.page:
-        _write(results.page, HTMLExporter(template_name="classic").from_notebook_node(notebook)[0], record=True)
+        _write(results.page, Page(template_name="classic").from_notebook_node(notebook)[0], record=True)
         print(f"the same as a page:    {display_path(results.page)}")
     return None
 
@@ -159,6 +163,29 @@ class Client(NotebookClient):
         else:
             how = f"with exit status {status}"
         return f"the kernel of {name} died in {self.current}, {how}"
+
+
+# ------------------------------------------------------------------------------------------------- the page
+FORMULA = re.compile(
+    r"<code.*?</code>|\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?P<inline>[^\s$](?:[^$]*[^\s$\\])?)\$(?![\w$])", re.DOTALL
+)
+
+
+class Page(HTMLExporter):
+    """A page whose formulas are MathML, which browsers show by themselves; MathJax would come from the network."""
+
+    @pass_context
+    def markdown2html(self, context, source):
+        return FORMULA.sub(_mathml, super().markdown2html(context, source))
+
+
+def _mathml(found: re.Match) -> str:
+    if found.lastgroup is None:  # dollars in code
+        return found[0]
+    try:
+        return convert(html.unescape(found[found.lastgroup]), display=found.lastgroup)
+    except Exception:  # whatever a formula that it does not know leads to; MathJax may know it
+        return found[0]
 
 
 # ------------------------------------------------------------------------------------------------ the files
