@@ -192,21 +192,14 @@ def _token_axis(axis, history: History) -> None:
 
 
 # -------------------------------------------------------------------------------------------- comparisons
-def arms(scores: dict[str, list[float]], base: float | None = None) -> None:
-    """Each arm's NELBO: a dot for each seed, a bar for their mean with its standard error.
-
-    Args:
-        base: nats per token of the AR model on the same blocks.
-    """
+def arms(scores: dict[str, list[float]]) -> None:
+    """Each arm's NELBO: a dot for each seed, a bar for their mean with its standard error."""
     figure, axis = plt.subplots(figsize=(8, 0.62 * len(scores) + 1.2))
     for row, (values, color) in enumerate(zip(scores.values(), cycle(COLORS), strict=False)):
         mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))
         axis.plot(values, [row] * len(values), "o", color=color, alpha=0.45, ms=7)
         axis.errorbar(mean, row, xerr=error, color=color, marker="|", ms=22, mew=2.5, capsize=4)
         axis.annotate(f"{mean:.3f}", (mean, row), (0, 15), textcoords="offset points", ha="center", color=color)
-    if base is not None:
-        axis.axvline(base, color=RED, linestyle="--", label=f"AR model: {base:.2f}")
-        axis.legend(loc="upper right")
     axis.set(yticks=range(len(scores)), ylim=(len(scores) - 0.5, -0.7), xlabel="NELBO on held-out text, nats per token")
     axis.set_yticklabels(scores)
     axis.grid(False, axis="y")
@@ -226,10 +219,10 @@ def forest(effects: dict[str, list[float]]) -> None:
         label = f"{mean:+.3f} ± {error:.3f}"
         axis.annotate(label, (1.02, row), xycoords=("axes fraction", "data"), va="center", color=BLUE)
     axis.axvline(0, color="black", lw=0.8)
+    lowest, highest = (pick(value for values in effects.values() for value in values) for pick in (min, max))
     axis.set_xscale("symlog", linthresh=0.01)
-    ticks = [0, 0.01, 0.03, 0.1, 0.3, 1, 3]
-    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
-    axis.minorticks_off()
+    axis.set_xlim(min(-0.002, 1.5 * lowest), max(0.002, 1.5 * highest))
+    axis.xaxis.set_major_formatter(lambda tick, _: f"{tick:g}")
     axis.set(yticks=range(len(effects)), ylim=(len(effects) - 0.5, -0.5), xlabel="improvement of NELBO, nats per token")
     axis.set_yticklabels(effects)
     axis.grid(False, axis="y")
