@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from safetensors.torch import load_model
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -194,6 +195,8 @@ class Run:
             Unstable: rolling back does not help, or is not possible.
         """
         if not self.history.records:
+            if isinstance(self.train_step.module, FSDPModule):  # it sets itself up in its first pass
+                self.train_step.trouble_ahead(self.step)
             self._record(self._figures(self._score()))  # where the held-out curve begins
         config, start = self.config, time.perf_counter()
         rate = learning_rate(config, self.step, self.total) * ROLLBACK_LR_FACTOR**self.rollbacks

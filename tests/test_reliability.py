@@ -420,7 +420,7 @@ def test_a_run_rolls_back_on_a_full_disk(tmp_path, capsys):
     assert "step-000004 could not be written (File too large)" in capsys.readouterr().err
     assert "rolled back to step 4" in history.last("event")
     assert History.load(config.folder / "history.jsonl").records == history.records
-    assert [record["step"] for record in history.records] == [2, 4, 4, 6, 8, 10, 12, 14, 16]
+    assert [record["step"] for record in history.records] == [0, 2, 4, 4, 6, 8, 10, 12, 14, 16]
 
 
 def main() -> None:
