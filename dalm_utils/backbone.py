@@ -231,7 +231,8 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 def max_length(model: PreTrainedModel) -> int:
     """The most tokens of which a model sees every one from everywhere: its positions, or its attention window."""
     positions = getattr(model.config, "max_position_embeddings", None)
-    return min(limit for limit in (positions, _attention_window(model.config), sys.maxsize) if limit)
+    limits = (positions, _attention_window(model.config), sys.maxsize)
+    return min(limit for limit in limits if limit and limit > 0)  # a config may say "no limit" by None, 0 or -1
 
 
 def _attention_window(config: transformers.PretrainedConfig) -> int | None:
@@ -241,7 +242,7 @@ def _attention_window(config: transformers.PretrainedConfig) -> int | None:
     if layers and set(layers) <= {"full_attention", "global"}:
         return None
     limits = [getattr(config, name, None) for name in WINDOWS if getattr(config, f"use_{name}", True)]
-    return min((limit for limit in limits if limit), default=None)
+    return min((limit for limit in limits if limit and limit > 0), default=None)
 
 
 # ------------------------------------------------------------------------------------------- adaptation

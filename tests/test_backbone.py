@@ -1,4 +1,5 @@
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -238,8 +239,11 @@ def test_a_window_that_no_layer_uses_limits_nothing(kind, changes, monkeypatch):
         (GPTNeoConfig(window_size=12, attention_types=[[["global"], 4]], num_layers=4), 2048),
         (MistralConfig(sliding_window=12, max_position_embeddings=8), 8),
         (MistralConfig(sliding_window=None, max_position_embeddings=64), 64),
+        (MistralConfig(sliding_window=-1, max_position_embeddings=64), 64),
+        (MistralConfig(sliding_window=12, max_position_embeddings=-1), 12),
+        (MistralConfig(sliding_window=None, max_position_embeddings=0), sys.maxsize),
     ],
-    ids=["chunks", "local layers", "global layers", "fewer positions", "no window"],
+    ids=["chunks", "local layers", "global layers", "fewer positions", "no window", "-1", "positions -1", "no limit"],
 )
 def test_the_length_that_a_model_sees_is_read_from_its_config(config, room):
     assert max_length(SimpleNamespace(config=config)) == room
