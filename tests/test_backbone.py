@@ -454,6 +454,37 @@ def test_generation_of_plain_transformers_gives_no_mask(tmp_path, adapted):
     assert mask_id in plain.generate(tokens, **options, suppress_tokens=None)
 
 
+@torch.no_grad()
+def sample_as_transformers(folder, prompts=64, length=24):
+    """Tokens `[prompts, length]` of a plain sampler that obeys generation_config.json; reads nothing of this project."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
+    model.lm_head.bias.data[model.config.mask_token_id] = 20.0  # ever so likely, unless it is suppressed
+    begins = torch.arange(1, 1 + prompts)[:, None]
+    options = dict(max_new_tokens=length, min_new_tokens=length, pad_token_id=0, do_sample=True)
+    return model.generate(begins, **options)[:, 1:]
+
+
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_model_of_a_run_is_safe_with_samplers_of_others(tmp_path, tied, shift):
+    model, tokenizer = tiny_diffusion(tied=tied, shift=shift)
+    config = tiny_config(tmp_path, steps=4, eval_every=2, save_every=2, shift=shift)
+    train(model, tokenizer, config)
+    saved = [config.folder / "best", *sorted(config.folder.glob("step-*"))]
+    assert len(saved) == 3
+    for folder in saved:
+        assert (sample_as_transformers(folder) != model.config.mask_token_id).all()
+
+
+def test_the_diffusion_models_that_ship_are_safe_with_samplers_of_others():
+    folders = [path.parent for path in BASES.glob("*/config.json") if "mask_token_id" in path.read_text()]
+    assert "tiny-diffugpt" in [folder.name for folder in folders]
+    for folder in folders:
+        mask_id = load_diffusion(folder)[0].config.mask_token_id
+        assert (sample_as_transformers(folder) != mask_id).all()
+
+
 def test_a_published_generation_config_that_cannot_be_saved_does_not_end_a_run(tmp_path):
     """Many name a temperature without do_sample, as those of Llama 2 and of GGUF files do."""
     tokenizer, base = tiny_tokenizer(), tiny_model(vocab=320)
