@@ -456,7 +456,7 @@ def test_generation_of_plain_transformers_gives_no_mask(tmp_path, adapted):
 
 @torch.no_grad()
 def sample_as_transformers(folder, prompts=64, length=24):
-    """Tokens `[prompts, length]` of a plain sampler that obeys generation_config.json; reads nothing of this project."""
+    """Tokens `[prompts, length]` of a plain sampler that obeys generation_config.json, without this project."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
     model.lm_head.bias.data[model.config.mask_token_id] = 20.0  # ever so likely, unless it is suppressed
