@@ -118,7 +118,10 @@ class Run:
             self.train_step = TrainStep(self.task, config, accelerator, self.precision, teacher)
             self._restore(newest)
             if newest is None and teacher is not None and config.distill_fit:
-                self.distill = fit_teacher_weight(teacher, self.task.train, self.task.held_out, config.distill)
+                self.distill = on_main(  # all processes must have the same weight
+                    accelerator,
+                    lambda: fit_teacher_weight(teacher, self.task.train, self.task.held_out, config.distill),
+                )
             self._announce(newest)
         except BaseException:
             self.close()
@@ -227,7 +230,9 @@ class Run:
             self._record(record)
         if self.is_done and self.step < self.total:
             self._record({"event": f"finished: no better {self.task.metric.upper()} in {self.stale} evaluations"})
-        if self.is_done or (save and self.watch.is_calm(self._saturated())):
+        if self.is_done:
+            self._write_checkpoint()  # its weights are sound, or the run would have rolled back above
+        elif save and self.watch.is_calm(self._saturated()):
             self._save_if_sound()
         return bool(record)
 
