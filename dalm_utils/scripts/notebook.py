@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import hashlib
 import html
 import os
@@ -62,6 +63,9 @@ def run_notebook(path: Path, *, in_place: bool = False) -> int | None:
         if isinstance(error, (CellExecutionError, RuntimeError)):
             raise RuntimeError(f"{client.explain(path.name, error)}. {kept}") from None
         raise
+    finally:
+        if client.km is None:  # the kernel is gone, and of one that did not start nbclient keeps this
+            atexit.unregister(client._cleanup_kernel)
     _write(results.notebook, nbformat.writes(notebook), record=not in_place)
     print(f"\nfinished in {client.minutes:.1f} minutes")
     for output in client.code[-1].outputs if client.code else []:
@@ -97,6 +101,9 @@ class Client(NotebookClient):
 
     The first Ctrl-C or SIGTERM interrupts the cell in progress, like the stop button of Jupyter: training finishes its
     step and writes a checkpoint. The second one kills the kernel.
+
+    A kernel that executes nothing is not interrupted: one that starts would die of it with a traceback, and one that
+    waits for a cell ignores it. It is interrupted as soon as it says that it executes the cell.
     """
 
     def __init__(self, notebook: nbformat.NotebookNode, folder: Path):
@@ -107,6 +114,7 @@ class Client(NotebookClient):
         self.code = [cell for cell in notebook.cells if cell.cell_type == "code"]
         self.current = "the start of the kernel"  # what it does now, in words
         self.stopped_by: int | None = None
+        self.is_executing = False
         self.exit_status: int | None = None  # of a kernel that died
         self.begun = time.monotonic()
         self.on_cell_start, self.on_notebook_error = self._announce, self._ask_exit_status
@@ -127,14 +135,17 @@ class Client(NotebookClient):
 
     def _stop(self, kind: int) -> None:
         again, self.stopped_by = self.stopped_by is not None, kind
-        if self.km is not None and self.km.has_kernel:
-            print(f"stopping {self.current}" + ("" if again else "; once more kills it"), file=sys.stderr, flush=True)
-            end = self.km.shutdown_kernel(now=True) if again else self.km.interrupt_kernel()
-            self._ending = asyncio.ensure_future(end)  # type: ignore[call-overload]  # kept: the loop holds tasks weakly
+        print(f"stopping {self.current}" + ("" if again else "; once more kills it"), file=sys.stderr, flush=True)
+        if self.km is not None and self.km.has_kernel and (again or self.is_executing):
+            self._send(self.km.shutdown_kernel(now=True) if again else self.km.interrupt_kernel())
+
+    def _send(self, request) -> None:
+        self._request = asyncio.ensure_future(request)  # kept, since the loop holds tasks weakly
 
     def _announce(self, cell: nbformat.NotebookNode, **_) -> None:
         if self.stopped_by:
             raise RuntimeError("stopped")
+        self.is_executing = False
         if cell.cell_type == "code" and cell.source.strip():
             number = next(n for n, other in enumerate(self.code, 1) if other is cell)
             first_line = next(line for line in cell.source.splitlines() if line.strip())[:90]
@@ -146,6 +157,10 @@ class Client(NotebookClient):
             self.exit_status = await self.km.provisioner.poll()
 
     def process_message(self, message, cell, cell_index):
+        if message["msg_type"] == "execute_input":
+            self.is_executing = True
+            if self.stopped_by and self.km is not None:
+                self._send(self.km.interrupt_kernel())
         if message["msg_type"] == "stream" and message["content"]["name"] == "stderr":
             print(message["content"]["text"], end="", file=sys.stderr, flush=True)  # progress bars and warnings
             return None
