@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .backbone import as_diffusion, check_fits, load_base, randomize, save_diffusion
+from .backbone import as_diffusion, check_finite, check_fits, load_base, randomize, save_diffusion
 from .checkpoint import RunFolder
 from .config import FREE_FIELDS, RunConfig
 from .distillation import fit_teacher_weight
@@ -420,9 +420,7 @@ class Run:
 def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
     """Raise ValueError if model, tokenizer and config do not belong together."""
     check_fits(model, tokenizer, config.length)
-    for name, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"the weights {name} of the model are not finite; load it again from a whole copy")
+    check_finite(model)
 
 
 def saves_in_background(accelerator: Accelerator) -> bool:

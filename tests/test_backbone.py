@@ -506,6 +506,36 @@ def test_loading_says_what_is_wrong(tmp_path):
         load_diffusion("nowhere")
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(model_type="bert"), r"lacks weights of a BertLMHeadModel \(\d+ in all, the first is bert\."),
+        (dict(model_type="whisper"), r"lacks weights of a WhisperForCausalLM"),
+        (dict(n_layer=3), r"lacks weights of a GPT2LMHeadModel \(12 in all, the first is transformer\.h\.2\."),
+        (
+            dict(tie_word_embeddings=False),
+            r"lacks weights of a GPT2LMHeadModel \(1 in all, the first is lm_head\.weight",
+        ),
+    ],
+)
+def test_a_model_that_lacks_weights_is_refused(tmp_path, changes, message):
+    """transformers fills them with random numbers and goes on."""
+    save_diffusion(*tiny_diffusion(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    for load in (load_base, load_diffusion):
+        with pytest.raises(ValueError, match=message):
+            load(str(tmp_path))
+
+
+def test_a_model_whose_weights_are_not_finite_is_refused(tmp_path):
+    model, tokenizer = tiny_diffusion()
+    model.transformer.h[0].mlp.c_fc.weight.data[0, 0] = float("nan")
+    save_diffusion(model, tokenizer, tmp_path)
+    with pytest.raises(ValueError, match=r"transformer\.h\.0\.mlp\.c_fc\.weight of the model are not finite"):
+        load_diffusion(tmp_path)
+
+
 def written_base(folder):
     tiny_model(vocab=320).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

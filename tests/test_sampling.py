@@ -57,6 +57,15 @@ def test_the_history_rebuilds_the_sample(diffusion):
     assert torch.equal(canvas[canvas >= 0], samples.tokens[canvas >= 0]) and (canvas >= 0).sum() == 24
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_an_error(value, temperature):
+    model, tokenizer = tiny_diffusion()
+    model.transformer.ln_f.bias.data[0] = value
+    with pytest.raises(ValueError, match="the model's logits are not finite"):
+        generate(model, tokenizer, length=4, temperature=temperature, precision="fp32")
+
+
 def test_same_seed_same_sample_and_zero_temperature_ignores_the_seed_of_tokens(diffusion):
     a, b, c = (generate(*diffusion, length=8, steps=8, seed=seed).tokens for seed in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
