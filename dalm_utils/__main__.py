@@ -155,8 +155,16 @@ def _log_line(record: dict) -> str:
     if "event" in record:
         parts.append(record["event"])
     if "eta" in record:
-        parts.append(f"{datetime.timedelta(seconds=record['eta'])} to go")
+        parts.append(f"{_duration(record['eta'])} to go")
     return "  ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    """Days, hours, minutes and seconds, as far as they can be written."""
+    try:
+        return str(datetime.timedelta(seconds=seconds))
+    except OverflowError:
+        return "millions of years"
 
 
 # ----------------------------------------------------------------------------------------------- status

@@ -352,8 +352,13 @@ def test_a_history_that_the_disk_refuses_waits_in_memory(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "damage", [b'{"step": 20, "lo', b"\xff\xfe\x00", b"[20]", b"20", b"null", b'{"loss": 1.0}', b""]
-)
+    "damage",
+    [
+        b'{"step": 20, "lo', b"\xff\xfe\x00", b"[20]", b"20", b"null", b'{"loss": 1.0}', b"",
+        b'{"step": "20"}', b'{"step": 20, "loss": "5"}', b'{"step": 20, "loss": NaN}', b'{"step": 20, "loss": 1e400}',
+        b'{"step": 20, "event": 5}', b'{"step": 20, "sample": ["a"]}',
+    ],
+)  # fmt: skip
 def test_a_damaged_line_of_a_history_costs_that_line_alone(tmp_path, capsys, damage):
     file = tmp_path / "history.jsonl"
     file.write_bytes(b'{"step": 10}\n' + damage + b'\n{"step": 30}\n' + damage + b'\n{"step": 50}\n{"step": 6')
