@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import time
 import warnings
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbconvert import HTMLExporter
 
-from ..checkpoint import write_file
+from ..checkpoint import require_writable, write_file
 from ..config import display_path, runs_folder
 
 RECORD = ".notebooks"  # the hashes of all files that were written to the folder of runs, one per line
@@ -257,12 +256,12 @@ class Results:
 def _plan(path: Path, in_place: bool) -> Results:
     """Where the results will go. Raises OSError if they cannot be written, ValueError if they would replace `path`."""
     runs = runs_folder()
-    _check_folder(runs, "; DALM_RUNS names another folder")
+    require_writable(runs, "; DALM_RUNS names another folder")
     unfinished = runs / f"{path.stem}.unfinished.ipynb"
     _check_ours(unfinished)
     if in_place:
         target = path.resolve()
-        _check_folder(target.parent)
+        require_writable(target.parent)
         if not (os.access(target, os.W_OK) and target.stat().st_mode & 0o222):
             raise PermissionError(f"{path} is read-only")
         return Results(target, None, unfinished)
@@ -272,16 +271,6 @@ def _plan(path: Path, in_place: bool) -> Results:
     _check_ours(target)
     _check_ours(page)
     return Results(target, page, unfinished)
-
-
-def _check_folder(folder: Path, remedy: str = "") -> None:
-    """Make a folder if it is missing; raise OSError if no file can be created in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"{folder} cannot be written ({error.strerror}){remedy}") from error
 
 
 def _check_ours(path: Path) -> None:
