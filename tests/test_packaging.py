@@ -148,7 +148,7 @@ def test_the_installed_package_samples_from_a_local_model(installed, tmp_path):
     result = run("-m", "dalm_utils", "sample", tmp_path / "model", *asked)
     assert result.returncode == 0, result.stderr
     samples = json.loads(result.stdout)
-    assert samples["texts"][0].startswith("Return the ") and samples["forward_passes"] == 4
+    assert samples["texts"][0].startswith("Return the") and samples["forward_passes"] == 4
 
 
 @pytest.mark.slow
