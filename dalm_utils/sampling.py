@@ -136,7 +136,7 @@ def generate(
             states = network.states(rows, columns)  # [M, D]
             kept = chooser.choose(rows, head.distributions(states))
             rows, columns = rows[kept], columns[kept]
-            tokens = head.draw(states[send(kept, states.device)], canvas.tokens, rows)  # [K]
+            tokens = head.draw(states, send(kept, states.device), canvas.tokens[send(rows, states.device)])  # [K]
             canvas.reveal(rows, columns, tokens)
             history.append(Reveal(turn.step, rows.tolist(), columns.tolist(), tokens.tolist()))
             canvas.close_ended()
@@ -177,16 +177,20 @@ class _Head:
         self.model, self.chunk = model, chunk_rows(weight)
         self.unused = unused_ids(tokenizer, len(weight)).to(weight.device)
         self.how, self.penalty = (temperature, top_p, top_k, draws), repetition_penalty
+        self.logits: Tensor | None = None  # [M, V] of the states whose distributions were asked for last
 
     def distributions(self, states: Tensor) -> Iterator[Tensor]:
         """What states `[M, D]` predict: `[m, V]` at a time."""
-        return (self._logits(part).softmax(-1) for part in states.split(self.chunk))
+        for part in states.split(self.chunk):
+            logits = self._logits(part)
+            self.logits = logits if len(states) <= self.chunk else None  # never more than a chunk
+            yield logits.softmax(-1)
 
-    def draw(self, states: Tensor, canvas: Tensor, rows: Tensor) -> Tensor:
-        """A token from each of states `[K, D]`, which belong to `rows` `[K]` of a canvas `[N, L]`: `[K]` on the CPU."""
-        shown = canvas[send(rows, canvas.device)].split(self.chunk)  # [K, L]
-        logits = (self._logits(part) for part in states.split(self.chunk))
-        logits = (_penalise(some, seen, self.penalty) for some, seen in zip(logits, shown, strict=True))
+    def draw(self, states: Tensor, kept: Tensor, shown: Tensor) -> Tensor:
+        """A token from each of K `kept` states of `[M, D]`, in sequences that show `[K, L]`: `[K]` on the CPU."""
+        known, self.logits = self.logits, None
+        logits = (self._logits(states[k]) if known is None else known[k] for k in kept.split(self.chunk))
+        logits = (_penalise(x, seen, self.penalty) for x, seen in zip(logits, shown.split(self.chunk), strict=True))
         return torch.cat([draw(some, *self.how) for some in logits])
 
     def _logits(self, states: Tensor) -> Tensor:
@@ -232,22 +236,18 @@ class _Canvas:
 
     def __init__(self, model, tokenizer, rows: list[list[list[int] | int]], block_length: int | None, stops: bool):
         self.tokenizer, self.begin, self.mask_id = tokenizer, begin_id(tokenizer), require_mask_id(model)
-        self.stops = stops  # documents end with the begin token
-        longest = 1 + max(sum(part if isinstance(part, int) else len(part) for part in row) for row in rows)
+        gap = -1  # no token
+        spelled = [[t for part in row for t in ([gap] * part if isinstance(part, int) else part)] for row in rows]
+        lengths = torch.tensor([1 + len(row) for row in spelled])
+        longest = int(lengths.max())
         check_fits(model, tokenizer, longest)
-        tokens = torch.full((len(rows), longest), self.begin)
-        self.holes, self.real = (torch.zeros(tokens.shape, dtype=torch.bool) for _ in range(2))  # on the CPU
-        for n, row in enumerate(rows):
-            at = 1
-            for part in row:
-                place = slice(at, at + (part if isinstance(part, int) else len(part)))
-                tokens[n, place] = self.mask_id if isinstance(part, int) else torch.tensor(part, dtype=torch.long)
-                self.holes[n, place] = isinstance(part, int)
-                at = place.stop
-            self.real[n, :at] = True  # not padding
-        self.written = self.holes.clone()
+        tokens = torch.tensor([[self.begin, *row, *[self.begin] * (longest - 1 - len(row))] for row in spelled])
+        self.real = torch.arange(longest) < lengths[:, None]  # not padding; all of these are [N, L] bool, on the CPU
+        self.written = tokens == gap
+        self.holes = self.written.clone()
         self.blocks = ((self.written.cumsum(1) - 1) // (block_length or longest)).where(self.written, -1)
-        self.tokens = tokens.to(model.device)
+        self.tokens = tokens.masked_fill(self.written, self.mask_id).to(model.device)
+        self.stops = stops
         if stops and (self.written.cumsum(1).bool() & self.real & ~self.written).any():
             raise ValueError(
                 "stop_at_end ends a text in its gap, but here given text follows one; leave one of them out"
