@@ -38,8 +38,8 @@ class Samples:
     text: list[str]
     tokens: Tensor
     shown: Tensor  # [N, L] bool: what stands in `text`, and the begin token; not padding, nor what follows the end
-    history: list[Reveal]  # empty unless return_history
-    forward_passes: int
+    history: list[Reveal]  # empty unless return_history; a position that was masked again is revealed more than once
+    forward_passes: int  # each computes all sequences with something to reveal: wholly, or with a cache one block
 
 
 @torch.no_grad()
@@ -80,6 +80,10 @@ def generate(
         first_hitting: one position at a time, in random order (arXiv 2409.02908): exact, with one forward pass
             per token, however many `steps` are asked for.
 
+    One hides tokens again:
+        remasking: as random, but each revealed token is masked again with probability `remask` at each step, and
+            more are revealed in its place (ReMDM, arXiv 2503.00307; `orders.Remasking` states the chain).
+
     Four are greedy: each token is a draw from the model, but which comes next depends on what it is sure of.  Often
     better text, but biased: not the any-order distribution.
         confidence, entropy, margin: first where the best token has the highest probability, the entropy is
@@ -91,6 +95,10 @@ def generate(
     reveals nothing costs nothing.  Tokens are drawn in float64: Gumbel noise in fewer bits lowers the temperature
     (2409.02908).
 
+    With `cache=True` a pass computes all positions of a sequence only when it begins a block, and after that only the
+    block.  This is an approximation: the rest of the text is represented as it was computed when the block was still
+    masked.  `refresh` makes it a better one, and `refresh=1` exact.
+
     Args:
         prompt: text before the gap; a list is a batch, whose shorter sequences are padded, unseen by anyone.
         length: tokens to write.
@@ -98,6 +106,8 @@ def generate(
             A tensor `[n]` of token ids stands for a text that is tokenised already.
         steps: denoising steps for all blocks together; by default as many as the longest sequence has gaps to fill.
         block_length: fill so many positions before any further to the right (semi-autoregressive); None: no blocks.
+        cache: whether to compute blocks against cached keys and values; needs `block_length`.
+        refresh: with `cache`, compute all positions at every `refresh`-th pass within a block, too.
         temperature: divides the logits; 0 takes the most probable token.
         top_p, top_k: keep the smallest set of tokens with this probability; this many tokens.
         repetition_penalty: above 1 makes tokens less likely that the sequence shows already (arXiv 1909.05858).
@@ -109,7 +119,8 @@ def generate(
             left as it is then, with [MASK] in its other gaps.
 
     Raises:
-        ValueError: a value out of range, a model without [MASK], or more positions than the model can see.
+        ValueError: a value out of range, a model without [MASK], more positions than the model can see, or
+            `cache=True` for a model that fails `check_cache`.
     """
     _check_numbers(
         {"steps": steps, "block_length": block_length, "refresh": refresh, "top_k": top_k, "num_samples": num_samples},

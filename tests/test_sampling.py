@@ -63,7 +63,7 @@ def test_the_history_rebuilds_the_sample(diffusion, order):
 
 
 def plain(model, tokenizer, length, steps, order, block_length, seed=0):
-    """The orders random and confidence as one would write them for a single text, without padding, filters or chunks."""
+    """The orders random and confidence for a single text, without padding, filters or chunks."""
     draws = seeded(seed, 0, "generate")
     unused = unused_ids(tokenizer, model.config.vocab_size)
     canvas = torch.tensor([[tokenizer.bos_token_id] + [model.config.mask_token_id] * length])
