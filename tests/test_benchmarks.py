@@ -46,10 +46,10 @@ def test_the_plain_sampler_fills_all_positions():
 def test_the_parts_of_the_sampling_benchmark_run(monkeypatch, capsys):
     model, tokenizer = tiny_diffusion()
     judge = tiny_model(vocab=len(tiny_tokenizer()))
-    blocks = torch.randint(300, (3, 48), generator=torch.Generator().manual_seed(0))
+    blocks = torch.randint(300, (3, 40), generator=torch.Generator().manual_seed(0))
     share, speedup = sampling.against_plain(*tiny_diffusion(), length=12, steps=5, rounds=1).values()
     assert 0 < share < 1 and speedup > 0
-    assert sampling.cached_speedup("tiny", model, tokenizer, length=40, count=36, rounds=1) > 0
+    assert sampling.cached_speedup("tiny", model, tokenizer, length=24, count=20, rounds=1) > 0
     monkeypatch.setattr(sampling, "PROMPT", 8)
     tokens_per_pass = sampling.quality((model, tokenizer), judge, blocks, sampling.WAYS)
     assert all(value >= 1 for value in tokens_per_pass.values()) and list(tokens_per_pass) == list(sampling.WAYS)
