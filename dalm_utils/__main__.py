@@ -215,19 +215,23 @@ def _add_sample(commands) -> None:
     command.add_argument("--length", type=int, default=64, help="tokens to generate")
     command.add_argument("--steps", type=int, help="denoising steps; by default one for each token")
     command.add_argument(
-        "--order", default="random", help="random, first_hitting, remasking, confidence, entropy, margin, threshold"
+        "--order", default="confidence", help="random, first_hitting, remasking, confidence, entropy, margin, threshold"
     )
     command.add_argument("--threshold", type=float, default=0.9, help="the probability that --order threshold asks for")
     command.add_argument(
         "--remask", type=float, default=0.05, help="the probability that --order remasking hides a token again"
     )
-    command.add_argument("--block-length", type=int, help="generate from left to right in blocks of N tokens")
-    command.add_argument("--cache", action="store_true", help="compute only the block in work; needs --block-length")
+    command.add_argument(
+        "--block-length", type=int, default=32, metavar="N", help="generate from left to right in blocks of N tokens"
+    )
+    command.add_argument(
+        "--cache", action="store_true", help="compute only the block in work: faster, an approximation"
+    )
     command.add_argument("--refresh", type=int, metavar="N", help="with --cache: compute everything at every Nth pass")
-    command.add_argument("--temperature", type=float, default=1.0, help="0 takes the most probable token")
+    command.add_argument("--temperature", type=float, default=0.8, help="0 takes the most probable token")
     command.add_argument("--top-p", type=float)
     command.add_argument("--top-k", type=int)
-    command.add_argument("--repetition-penalty", type=float, default=1.0)
+    command.add_argument("--repetition-penalty", type=float, default=1.2, help="1 is none")
     command.add_argument("--stop-at-end", action="store_true", help="stop where the model ends the document")
     command.add_argument("--num", type=int, default=1, help="samples to generate")
     command.add_argument("--seed", type=int, default=0)

@@ -22,7 +22,6 @@ class Settings:
     blocks: Tensor  # [N, L] long: the block of each position to fill, elsewhere -1
     steps: int  # in each block
     threshold: float
-    bound: float
     remask: float
     draws: torch.Generator
 
@@ -44,20 +43,17 @@ class Order:
         self.blocks, self.steps = settings.blocks, settings.steps
 
     def turn(self, holes: Tensor) -> Turn | None:
-        """The next pass over sequences with these `holes` `[N, L]` bool, or None when there is none."""
-        return self._turn(holes) if holes.any() else None
+        """The next pass over sequences with these `holes` `[N, L]` bool, or None after the last."""
+        raise NotImplementedError
 
     def choose(self, rows: Tensor, distributions: Iterator[Tensor]) -> Tensor:
         """Which of M candidates are revealed: indices `[K]` long; at least one for each sequence.
 
         Args:
             rows: `[M]` long, sorted: the sequence of each candidate.
-            distributions: of the candidates' tokens, `[m, V]` at a time. They are computed only for who asks.
+            distributions: of the candidates' tokens, `[m, V]` at a time. Computed only if asked for.
         """
         return torch.arange(len(rows))
-
-    def _turn(self, holes: Tensor) -> Turn:
-        raise NotImplementedError
 
 
 # --------------------------------------------------------------------------------------- planned beforehand
@@ -66,7 +62,9 @@ class Planned(Order):
 
     plan: Tensor
 
-    def _turn(self, holes: Tensor) -> Turn:
+    def turn(self, holes: Tensor) -> Turn | None:
+        if not holes.any():
+            return None
         step = int(self.plan[holes].min())
         return Turn(step, holes, holes & (self.plan == step))
 
@@ -91,11 +89,15 @@ class FirstHitting(Planned):
 
 
 class Remasking(Order):
-    """Reveals at random, and hides revealed tokens again.
+    """Reveals at random, and masks revealed tokens again: the chain of ReMDM, arXiv 2503.00307, capped.
 
-    The chain of ReMDM (arXiv 2503.00307, equation 6 with the schedule "cap") for alpha_k = k / steps. In step k of its
-    block each revealed token is hidden again with probability sigma = min(remask, (1 - alpha_k) / alpha_(k-1)), and
-    each hidden one is revealed with probability (alpha_k - (1 - sigma) alpha_(k-1)) / (1 - alpha_(k-1)).
+    Let a(k) = k / steps, the probability that a token is revealed after k steps of its block. In step k each revealed
+    token is masked with probability s = min(remask, (1 - a(k)) / a(k - 1)), and each masked one is revealed with
+    probability (a(k) - (1 - s) a(k - 1)) / (1 - a(k - 1)), drawn from the prediction before the step.
+
+    So each position is masked with probability 1 - a(k) after step k, as in the forward process, and after the last
+    step none is. With a perfect denoiser the text is exact if its tokens are independent, or in the limit of many steps
+    with `remask` * steps fixed; otherwise, tokens that are revealed in one step are drawn independently of each other.
     """
 
     def __init__(self, settings: Settings):
@@ -138,7 +140,9 @@ class Greedy(Order):
         """Which candidates are revealed, `[M]` bool; `rank` 0 has the highest score of its sequence. All `[M]`."""
         return rank < self.quota[rows]
 
-    def _turn(self, holes: Tensor) -> Turn:
+    def turn(self, holes: Tensor) -> Turn | None:
+        if not holes.any():
+            return None
         self.step += 1
         block = self.blocks.where(holes, self.blocks.max() + 1).min(1).values
         self.steps_left = torch.where(block == self.block, self.steps_left - 1, self.steps)
@@ -157,22 +161,30 @@ class Greedy(Order):
 
 
 class Confidence(Greedy):
+    """First where the best token has the highest probability."""
+
     def score(self, p: Tensor) -> Tensor:
         return p.amax(-1)
 
 
 class Entropy(Greedy):
+    """First where the entropy is lowest."""
+
     def score(self, p: Tensor) -> Tensor:
         return -torch.special.entr(p).sum(-1)
 
 
 class Margin(Greedy):
+    """First where the two best tokens are farthest apart."""
+
     def score(self, p: Tensor) -> Tensor:
         best, second = p.topk(2, -1).values.unbind(-1)
         return best - second
 
 
 class Threshold(Confidence):
+    """All positions whose best token is probable enough, and the best of them at least."""
+
     ignores_steps = True
 
     def __init__(self, settings: Settings):
@@ -183,31 +195,6 @@ class Threshold(Confidence):
         return (rank == 0) | (score >= self.threshold)
 
 
-class Factor(Confidence):
-    """The n most probable positions of a sequence, as long as (n + 1) (1 - the lowest of their probabilities) < bound."""
-
-    ignores_steps = True
-
-    def __init__(self, settings: Settings):
-        super().__init__(settings)
-        self.bound = settings.bound
-
-    def takes(self, rows: Tensor, rank: Tensor, score: Tensor) -> Tensor:
-        return (rank == 0) | ((rank + 2) * (1 - score) < self.bound)
-
-
-class EntropyBound(Entropy):
-    ignores_steps = True
-
-    def __init__(self, settings: Settings):
-        super().__init__(settings)
-        self.bound = settings.bound
-
-    def takes(self, rows: Tensor, rank: Tensor, score: Tensor) -> Tensor:
-        before = -(score.double().cumsum(0) - score)  # of all candidates up to here
-        return before - before[torch.searchsorted(rows, rows)] <= self.bound
-
-
 ORDERS: dict[str, type[Order]] = {
     "random": Random,
     "first_hitting": FirstHitting,
@@ -216,8 +203,6 @@ ORDERS: dict[str, type[Order]] = {
     "entropy": Entropy,
     "margin": Margin,
     "threshold": Threshold,
-    "factor": Factor,
-    "entropy_bound": EntropyBound,
 }
 IGNORES_STEPS = tuple(name for name, order in ORDERS.items() if order.ignores_steps)
 

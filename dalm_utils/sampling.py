@@ -54,7 +54,6 @@ def generate(
     steps: int | None = None,
     order: str = "random",
     threshold: float = 0.9,
-    bound: float = 1.0,
     remask: float = 0.05,
     block_length: int | None = None,
     cache: bool = False,
@@ -131,12 +130,11 @@ def generate(
     _check_together(order, cache, refresh, block_length, stop_at_end or expected is not None)
     rows = [_encoded(tokenizer, row) for row in _rows(prompt, suffix, length, parts)]
     canvas = _Canvas(model, tokenizer, [row for row in rows for _ in range(num_samples)], block_length, stop_at_end)
-    draws, blocks = seeded(seed, 0, "generate"), canvas.blocks
-    per_block = steps_per_block(order, steps, block_length, blocks)
-    chooser = ORDERS[order](Settings(blocks, per_block, threshold, bound, remask, draws))
+    draws = seeded(seed, 0, "generate")
+    per_block = steps_per_block(order, steps, block_length, canvas.blocks)
+    chooser = ORDERS[order](Settings(canvas.blocks, per_block, threshold, remask, draws))
+    network = _network(model, canvas, _hide_padding(canvas.real, model, precision), cache, refresh)
     head = _Head(model, tokenizer, temperature, top_p, top_k, repetition_penalty, draws)
-    padding = _hide_padding(canvas.real, model, precision)
-    network = _network(model, canvas, padding, cache, refresh)
     history = []
 
     bar = tqdm(total=int(canvas.holes.sum()), desc="sampling", unit="token", leave=False, disable=not progress)
@@ -152,7 +150,7 @@ def generate(
             history.append(Reveal(turn.step, rows.tolist(), columns.tolist(), tokens.tolist()))
             canvas.close_ended()
             canvas.close_unexpected(expected)
-            bar.update(canvas.filled() - bar.n)
+            bar.update(bar.total - int(canvas.holes.sum()) - bar.n)
     return canvas.samples(history if return_history else [], len(history))
 
 
@@ -273,9 +271,6 @@ class _Canvas:
         place = send(torch.stack([rows, columns, tokens]), self.tokens.device)
         self.tokens[place[0], place[1]] = place[2]
         self.holes[rows, columns] = False
-
-    def filled(self) -> int:
-        return int((self.written & ~self.holes).sum())
 
     def close_ended(self) -> None:
         """With `stops`: where a finished block holds the end token, what lies to its right is not to be written."""

@@ -79,7 +79,7 @@ def test_evaluate_as_a_table_and_as_json(workplace, capsys):
     for form in ([], ["--json"]):
         assert main([*asked, *form]) == 0
         told.append(capsys.readouterr())
-        assert all(word in told[-1].err for word in ("scoring", "infilling", "writing"))  # the progress bars
+        assert all(word in told[-1].err for word in ("scoring", "infilling", "sampling"))  # the progress bars
     table, record = table_of(told[0].out), json.loads(told[1].out)
     assert set(table) == set(record) - {"model", "text", "field", "split", "length", "blocks", "likelihood"}
     for name, shown in table.items():

@@ -295,7 +295,7 @@ def test_remasking_hides_tokens_as_the_forward_process_does(diffusion):
     """After k of `steps` steps a fraction 1 - k / steps of the positions is masked, however much is hidden again."""
     steps, turns = 8, {}
     chooser = Remasking(
-        Settings(torch.zeros(500, 40, dtype=torch.long), steps, 0.9, 1.0, 0.4, torch.Generator().manual_seed(0))
+        Settings(torch.zeros(500, 40, dtype=torch.long), steps, 0.9, 0.4, torch.Generator().manual_seed(0))
     )
     holes = torch.ones(500, 40, dtype=torch.bool)
     while (turn := chooser.turn(holes)) is not None:

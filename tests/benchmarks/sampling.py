@@ -27,6 +27,7 @@ TEXT = dict(order="confidence", block_length=BLOCK, temperature=0.8, repetition_
 WAYS = {
     "one token a pass": TEXT,
     "the same, cached": TEXT | dict(cache=True),
+    "threshold 0.9, cached": TEXT | dict(cache=True, order="threshold", threshold=0.9),
 }
 
 
