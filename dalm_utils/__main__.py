@@ -16,7 +16,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .config import PROFILES, RunConfig, check_names, display_path, load_config, parse_field, runs_folder
+from .config import PROFILES, RunConfig, check_names, display_path, field_table, load_config, parse_field, runs_folder
 
 DESCRIPTION = "Adapt autoregressive language models into masked-diffusion language models."
 EXIT_STATUS = """exit status: 0 success; 1 an error; 2 a wrong command line; 130 stopped by Ctrl-C and 143 by SIGTERM
@@ -95,9 +95,12 @@ def _check_numbers(options: argparse.Namespace) -> None:
 
 # ------------------------------------------------------------------------------------------------ train
 def _add_train(commands) -> None:
-    command = commands.add_parser("train", help="train a run, or resume it", epilog=EXIT_STATUS)
+    command = commands.add_parser(
+        "train", help="train a run, or resume it", formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"fields and their defaults; a recipe's profile changes some:\n{field_table()}\n\n{EXIT_STATUS}",
+    )  # fmt: skip
     command.add_argument("recipe", choices=sorted(PROFILES), help="the settings to start from")
-    command.add_argument("settings", nargs="*", metavar="FIELD=VALUE", help="any field of RunConfig")
+    command.add_argument("settings", nargs="*", metavar="FIELD=VALUE", help="any field below, e.g. steps=1000")
     command.add_argument("--profile", help="laptop, real or full; by default DALM_PROFILE, else laptop")
     command.add_argument("--fresh", action="store_true", help="start over, and move an earlier run of this name aside")
     command.set_defaults(do=_train)

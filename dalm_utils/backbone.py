@@ -49,7 +49,7 @@ def load_base(
 
     Args:
         name: a model that ships in checkpoints/base, a local folder, a .gguf file (its quantised weights are
-            unpacked into `dtype`), or a hub id.
+            unpacked into `dtype`), or a hub id, with a revision as in "gpt2@main".
         hub: "auto" looks on this machine first and then asks Hugging Face; "huggingface", "modelscope" and
             "local" say where to look.
         revision: a branch, tag or commit of the hub's repository; with one, "auto" goes straight to the hub.

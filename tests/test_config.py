@@ -1,7 +1,9 @@
+import dataclasses
+
 import pytest
 
 from dalm_utils import RunConfig, load_config
-from dalm_utils.config import PROFILES, PROJECT, cache_folder
+from dalm_utils.config import PROFILES, PROJECT, cache_folder, field_table, parse_field
 
 
 def test_every_profile_makes_a_config():
@@ -101,3 +103,11 @@ def test_numbers_that_are_not_finite_are_refused(field, value):
 
 def test_the_old_name_of_a_recipe_still_works():
     assert load_config(notebook="shift", profile="laptop") == load_config("shift", "laptop")
+
+
+def test_the_table_of_fields_has_each_with_its_default_and_comment():
+    lines = [line.strip() for line in field_table().splitlines()]
+    for field in dataclasses.fields(RunConfig):
+        (line,) = (line for line in lines if line.startswith(f"{field.name}="))
+        written = line.removeprefix(f"{field.name}=").split("  ")[0].split(" ")[0]
+        assert parse_field(field.name, written) == field.default and len(line.split(" ", 1)[1]) > 8

@@ -222,6 +222,15 @@ def test_a_revision_is_passed_on(source, here, tmp_path):
     assert model.dtype == torch.bfloat16 and torch.equal(logits(model), logits(published))
     assert "revision='v2'" in complaint("tiny/model", source, revision="v2")
     assert not torch.equal(logits(load_base("tiny/model", hub=source)[0].to(torch.bfloat16)), logits(model))
+    named, _ = load_base("tiny/model@v1", hub=source, dtype=torch.bfloat16)
+    assert torch.equal(logits(named), logits(model))
+
+
+def test_a_pinned_revision_is_taken_where_none_is_asked_for(here, tmp_path, monkeypatch):
+    monkeypatch.setitem(hubs.PINNED, "tiny/model", "v1")
+    taken = [load_base(name)[0] for name in ("tiny/model", "tiny/model@main")]
+    published = [publish(tmp_path / str(seed), seed) for seed in (1, 0)]
+    assert all(torch.equal(logits(ours), logits(theirs)) for ours, theirs in zip(taken, published, strict=True))
 
 
 def test_auto_asks_hugging_face_and_a_revision_is_not_looked_for_here(here, tmp_path):
@@ -254,7 +263,7 @@ def test_a_revision_that_the_hub_does_not_have(source, here):
 @pytest.mark.parametrize("source", HUBS)
 def test_a_repository_without_safetensors_is_refused_before_anything_is_fetched(source, here):
     message = complaint("tiny/pickles", source)
-    assert "has no model*.safetensors, only" in message and "pytorch_model.bin" in message and "revision=" in message
+    assert "has no model*.safetensors, only" in message and "pytorch_model.bin" in message and "NAME@refs" in message
     assert not here.given
 
 

@@ -166,7 +166,7 @@ def test_the_models_that_ship_say_what_they_were_trained_on():
 
 
 def test_the_base_of_a_run_judges_what_its_model_generates(trained, workplace, capsys):
-    settings = [f"base={trained / 'best'}", "name=more", "distill=0", "steps=2", "sample_every=0"]
+    settings = [f"base={trained / 'best'}", "name=more", "steps=2", "sample_every=0"]
     assert main(["train", "gpt2", *settings]) == 0
     capsys.readouterr()
     for model in (trained / "best", trained.with_name("more") / "best"):
@@ -432,13 +432,17 @@ def test_an_interrupt_while_loading_is_one_line(monkeypatch, capsys):
 COMMAND = [sys.executable, "-m", "dalm_utils"]
 
 
-def test_help_needs_no_library_and_no_docstring():
+@pytest.mark.parametrize("arguments, shown", [("--help", "exit status: 0 success"), ("status .", "step 0 of 12")])
+def test_help_and_status_need_no_library_and_no_docstring(tmp_path, arguments, shown):
+    (tmp_path / "config.json").write_text('{"total_steps": 12}')
     code = (
         "import sys\nfrom dalm_utils.__main__ import main\n"
-        "try: main(['--help'])\nfinally: print(*sys.modules, file=sys.stderr)"
+        f"try: main({arguments.split()})\nfinally: print(*sys.modules, file=sys.stderr)"
     )
-    told = subprocess.run([sys.executable, "-OO", "-c", code], cwd=PROJECT, capture_output=True, text=True)
-    assert "usage: python -m dalm_utils" in told.stdout and "exit status: 0 success" in told.stdout
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    command = [sys.executable, "-OO", "-c", code]
+    told = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert shown in told.stdout, told
     loaded = set(told.stderr.split())
     assert "argparse" in loaded and not {"torch", "transformers", "numpy", "accelerate", "nbclient"} & loaded
 
@@ -501,6 +505,6 @@ def test_a_finished_run_continues_with_more_steps(workplace, capsys):
 def test_training_continues_from_the_best_model_of_a_run_with_an_open_mask(workplace, capsys):
     asked = ["train", "gpt2", "log_every=1", "sample_every=0", "warmup_steps=1", "anneal_steps=2", "steps=3"]
     assert main([*asked, "name=first", "eval_every=3"]) == 0
-    assert main([*asked, "name=second", f"base={workplace / 'runs' / 'first' / 'best'}", "distill=0"]) == 0
+    assert main([*asked, "name=second", f"base={workplace / 'runs' / 'first' / 'best'}"]) == 0
     first, second = (History.load(workplace / "runs" / name / "history.jsonl") for name in ("first", "second"))
     assert first.series("ratio")[1] == [0.5, 1, 1] and second.series("ratio")[1] == [1, 1, 1]

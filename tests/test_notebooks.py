@@ -121,6 +121,16 @@ def test_a_notebook_runs_with_progress_and_becomes_a_page(tmp_path, runs, capsys
     assert main(["notebook", str(path)]) == 0  # its own results may be replaced
 
 
+def test_formulas_of_the_page_need_no_network():
+    text = "With $t < 1$:\n\n$$ \\frac{1}{t} $$\n\n`$HOME$` costs $5 or $6, and $\\unknown{$ stays."
+    cells = [nbformat.v4.new_markdown_cell(text)]
+    page = runner.Page(template_name="classic").from_notebook_node(nbformat.v4.new_notebook(cells=cells))[0]
+    for wanted in (r"<math [^>]*display=\"inline\"[^>]*>.*?<mi>t</mi><mo>&lt;</mo><mn>1</mn>", "<mfrac>"):
+        assert re.search(wanted, page)
+    for untouched in ("<code>$HOME$</code> costs $5 or $6", "and $\\unknown{$ stays"):
+        assert untouched in page
+
+
 @pytest.mark.slow
 def test_a_notebook_without_code_runs(tmp_path, runs):
     assert main(["notebook", str(write_notebook(tmp_path / "empty.ipynb"))]) == 0
@@ -262,7 +272,9 @@ def test_a_notebook_runs_in_this_python_whatever_kernel_it_names(tmp_path, runs,
     fake.joinpath("kernel.json").write_text(json.dumps({"argv": ["false"], "display_name": "x", "language": "python"}))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     path = write_notebook(tmp_path / "mine.ipynb", "import sys\nprint(sys.executable)", **metadata)
+    path.chmod(0o600)
     assert main(["notebook", str(path), "--in-place"]) == 0
+    assert path.stat().st_mode & 0o777 == 0o600
     assert printed(path) == [f"{sys.executable}\n"]
     if "display_name" in metadata["kernelspec"]:  # one that is valid, by which the user's editor chooses
         assert nbformat.read(path, as_version=4).metadata["kernelspec"] == metadata["kernelspec"]

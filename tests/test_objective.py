@@ -171,6 +171,7 @@ def test_what_is_scored_meets_the_head_in_its_own_dtype_under_autocast():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_gpu_is_never_waited_for(family, ratio, monkeypatch):
     monkeypatch.setitem(head.CHUNK_ELEMENTS, "meta", 2**20)
+    monkeypatch.setitem(head.ALIGNMENT, "meta", 64)
     model, _ = tiny_diffusion(family)
     tokens, noised, masked, times = noisy_batch()
     mask = annealed_mask(12, ratio, generator=torch.Generator().manual_seed(0))
@@ -203,6 +204,26 @@ def test_unused_places_change_no_loss_and_no_gradient(family, taught):
         results.append(
             (loss.loss, loss.nll, loss.token_nll[: batch.count], [p.grad.clone() for p in model.parameters()])
         )
+    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("taught", [False, True])
+def test_rows_that_align_the_head_change_no_loss_and_no_gradient(taught, dtype, monkeypatch):
+    model, _ = tiny_diffusion(tied=False)
+    linear = torch.nn.Linear(*reversed(model.get_output_embeddings().weight.shape))  # a head with a bias
+    model.set_output_embeddings(linear)
+    batch = batch_of(*noisy_batch())
+    teaching = dict(teacher=tiny_model(vocab=320, seed=1), teacher_weight=torch.tensor(0.4)) if taught else {}
+    results = []
+    for alignment in (1, 64):
+        monkeypatch.setitem(head.ALIGNMENT, "cpu", alignment)
+        assert -len(linear.weight) % 64 != 0
+        model.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = batch_loss(model, batch, **teaching)
+        loss.loss.backward()
+        results.append((loss.loss, loss.token_nll, [p.grad.clone() for p in model.parameters()]))
     torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-7)
 
 

@@ -83,6 +83,11 @@ def test_quality_panels(shown):
     assert list(shown[0].axes[0].lines[0].get_xdata()) == [4, 8]  # by passes, whatever the order of the rows
 
 
+def test_a_logarithmic_axis_leaves_out_the_score_before_the_first_step(shown):
+    plots.nelbo_against_tokens({"run": History(records=[{"step": 0, "tokens": 0, "nelbo": 7.0}, *history().records])})
+    assert 0 not in shown[0].axes[0].containers[0].lines[0].get_xdata()
+
+
 def test_nelbo_against_tokens_puts_runs_of_any_length_on_one_axis(shown):
     plots.nelbo_against_tokens({"short": history(25), "long": history()}, ar_nll=2.5)
     (axis,) = shown[0].axes
@@ -136,13 +141,24 @@ def test_live_draws_all_arms_in_colours_of_their_own(shown):
 
 
 def test_arms_show_each_seed_and_the_mean_with_its_error(shown):
-    plots.arms({"with": [4.0, 4.2, 4.4], "without": [5.0, 5.0, 5.3]}, base=3.0)
+    plots.arms({"with": [4.0, 4.2, 4.4], "without": [5.0, 5.0, 5.3]})
     axis = shown[0].axes[0]
     assert list(axis.lines[0].get_xdata()) == [4.0, 4.2, 4.4]
     means = [container.lines[0].get_xdata()[0] for container in axis.containers]
     assert means == pytest.approx([4.2, 5.1])
     low, high = axis.containers[0].lines[2][0].get_segments()[0][:, 0]
     assert (high - low) / 2 == pytest.approx(0.2 / 3**0.5)
+
+
+def test_the_forest_shows_each_effect_with_its_seeds_and_error(shown):
+    plots.forest({"large": [1.0, 1.2, 1.4], "small": [0.01, 0.02, 0.03]})
+    axis = shown[0].axes[0]
+    assert list(axis.lines[0].get_xdata()) == [1.0, 1.2, 1.4]
+    assert [container.lines[0].get_xdata()[0] for container in axis.containers] == pytest.approx([1.2, 0.02])
+    low, high = axis.containers[0].lines[2][0].get_segments()[0][:, 0]
+    assert (high - low) / 2 == pytest.approx(0.2 / 3**0.5)
+    assert [text.get_text() for text in axis.texts] == ["+1.200 ± 0.115", "+0.020 ± 0.006"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["large", "small"]
 
 
 def test_the_worth_of_a_choice_is_drawn_against_its_budget(shown):

@@ -311,7 +311,7 @@ def test_the_stop_button_ends_a_cell_cleanly_and_it_goes_on_when_run_again(tmp_p
             manager.interrupt_kernel()
             (tmp_path / f"pressed at {step}").touch()
             assert client.get_shell_msg(timeout=PATIENCE)["content"]["status"] == "ok"
-            heard(f"stopped at step {step} of 100; run it again to resume", f"curve has {step} records")
+            heard(f"stopped at step {step} of 100; run it again to resume", f"curve has {step + 1} records")
             assert last_step(config.folder) == step and is_whole(config.folder / f"step-{step:06d}")
     finally:
         client.stop_channels()
@@ -420,7 +420,7 @@ def test_a_run_rolls_back_on_a_full_disk(tmp_path, capsys):
     assert "step-000004 could not be written (File too large)" in capsys.readouterr().err
     assert "rolled back to step 4" in history.last("event")
     assert History.load(config.folder / "history.jsonl").records == history.records
-    assert [record["step"] for record in history.records] == [2, 4, 4, 6, 8, 10, 12, 14, 16]
+    assert [record["step"] for record in history.records] == [0, 2, 4, 4, 6, 8, 10, 12, 14, 16]
 
 
 def main() -> None:

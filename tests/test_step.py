@@ -52,8 +52,9 @@ def test_a_replayed_run_is_the_eager_run(tmp_path, replays, monkeypatch, changes
     model, eager = tiny(tmp_path, name="eager", **steps)
     for ours, theirs in zip(comparable(replayed), comparable(eager), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
-    for name, weight in model.state_dict().items():
-        torch.testing.assert_close(replayed_model.state_dict()[name], weight, rtol=1e-3, atol=1e-4)
+    # Logits, not weights: a bias of the keys changes no output, so its gradient is rounding, which AdamW magnifies.
+    tokens = torch.arange(16)[None]
+    torch.testing.assert_close(replayed_model(tokens).logits, model(tokens).logits, rtol=1e-3, atol=1e-3)
 
 
 def test_there_is_one_graph_under_the_mask_and_one_without(tmp_path, replays):
@@ -85,7 +86,7 @@ def test_a_capture_that_fails_leaves_an_eager_run_and_one_line(tmp_path, replays
     said = capsys.readouterr().err
     assert said.count("CUDA graph failed, so steps run eagerly: operation not permitted") == 1
     assert "more of it" not in said
-    assert [r["loss"] for r in history.records] == [r["loss"] for r in expected.records]
+    assert history.series("loss") == expected.series("loss")
 
 
 def test_a_rollback_captures_again(tmp_path, replays):

@@ -46,8 +46,8 @@ def test_training_lowers_loss_and_nelbo_and_leaves_what_it_promises(tmp_path):
     model, tokenizer = tiny_diffusion()
     history = train(model, tokenizer, config)
     assert history.window("loss", 50, 61) < 0.8 * history.window("loss", 1, 11)
-    nelbos = history.series("nelbo")[1]
-    assert len(nelbos) == 3 and nelbos[-1] < nelbos[0]
+    steps, nelbos = history.series("nelbo")
+    assert steps == [0, 20, 40, 60] and nelbos[-1] < nelbos[1] < nelbos[0]
     assert history.last("ratio") == 1.0 and len(history.last("sample")) > 0
     assert [json.loads(line) for line in (config.folder / "history.jsonl").read_text().splitlines()] == history.records
     assert sorted(p.name for p in config.folder.iterdir()) == [
@@ -83,10 +83,9 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_split(tmp_path):
         histories.append(comparable(train(model, tokenizer, config)))
     for records in histories[1:]:
         for ours, whole in zip(records, histories[0], strict=True):
-            assert ours["loss"] == pytest.approx(whole["loss"], rel=1e-5)
-            assert ours["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
-            if "nelbo" in whole:
-                assert ours["nelbo"] == pytest.approx(whole["nelbo"], rel=1e-4)
+            assert ours.keys() == whole.keys()
+            for key, tolerance in {"loss": 1e-5, "grad_norm": 1e-4, "nelbo": 1e-4}.items():
+                assert ours.get(key, 0) == pytest.approx(whole.get(key, 0), rel=tolerance)
 
 
 @pytest.mark.parametrize("stop, precision", [(4, "fp32"), (6, "fp32"), (6, "bf16")])
@@ -256,7 +255,7 @@ def test_the_ar_objective_is_the_next_token_loss(tmp_path):
         tokens = look.task.draw(0).tokens
     own = model(tokens, labels=tokens).loss.item()
     history = train(model, tokenizer, config)
-    assert history.records[0]["loss"] == pytest.approx(own, rel=1e-5)
+    assert history.last("loss") == pytest.approx(own, rel=1e-5)
     assert history.last("nll") > 0 and history.last("nelbo") is None
 
 

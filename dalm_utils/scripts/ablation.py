@@ -24,7 +24,6 @@ from ..corpus import Blocks, load_corpus
 from ..evaluation import ar_nll, nelbo
 from ..history import History
 from ..machine import describe
-from ..run import build
 from ..sampling import generate
 from ..training import train_arms
 
@@ -101,19 +100,12 @@ def _as_json(content: dict) -> str:
 def _about(config: RunConfig) -> dict:
     base, tokenizer = load_base(config.base, hub=config.hub, device=config.device)
     ar = ar_nll(base, tokenizer, _blocks(config, tokenizer, "test", TEST_BLOCKS), precision=config.precision)
-    start = {}
-    for name, arm in arms(config).items():
-        model, words = build(arm)
-        held_out = _blocks(config, words, "validation", config.eval_blocks)
-        score = nelbo(model, words, held_out, num_samples=config.eval_samples, precision=config.precision)
-        start[name] = [round(score.mean, 4), round(score.stderr, 4)]
     return {
         "command": f"python -m dalm_utils.scripts.ablation {config.name.removeprefix('shift-')}",
         "date": str(datetime.date.today()),
         "machine": describe(),
         "test": f"{TEST_BLOCKS} test blocks, {TEST_SAMPLES} masks each; the NELBO of each block, nats per token",
         "ar_nll": round(ar.mean, 4),
-        "start": start,  # the NELBO before the first step and its standard error, on the blocks of the curves
         "config": {key: value for key, value in vars(config).items() if key != "runs"},
     }
 
@@ -166,8 +158,7 @@ class Recorded:
     def history(self, arm: str) -> History:
         """The curves of an arm's first run, from before its first step on."""
         run = next(run for run in self.runs if run["arm"] == arm)
-        start, error = self.about["start"][arm]
-        records = {0: {"nelbo": start, "nelbo_stderr": error}}
+        records: dict[int, dict] = {}
         for key, (tokens, values) in run["curves"].items():
             for seen, value in zip(tokens, values, strict=True):
                 records.setdefault(seen, {})[key] = value

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import html
 import os
-import shutil
+import re
 import signal
 import sys
 import tempfile
@@ -16,12 +17,15 @@ from pathlib import Path
 
 import nbformat
 from ipykernel.kernelspec import RESOURCES, get_kernel_dict
+from jinja2 import pass_context
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+from latex2mathml.converter import convert
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbconvert import HTMLExporter
 
+from ..checkpoint import write_file
 from ..config import display_path, runs_folder
 
 RECORD = ".notebooks"  # the hashes of all files that were written to the folder of runs, one per line
@@ -64,7 +68,7 @@ def run_notebook(path: Path, *, in_place: bool = False) -> int | None:
         print(output.get("text", ""), end="")
     print(f"the executed notebook: {display_path(results.notebook)}")
     if results.page:
-        _write(results.page, HTMLExporter(template_name="classic").from_notebook_node(notebook)[0], record=True)
+        _write(results.page, Page(template_name="classic").from_notebook_node(notebook)[0], record=True)
         print(f"the same as a page:    {display_path(results.page)}")
     return None
 
@@ -161,6 +165,29 @@ class Client(NotebookClient):
         return f"the kernel of {name} died in {self.current}, {how}"
 
 
+# ------------------------------------------------------------------------------------------------- the page
+FORMULA = re.compile(
+    r"<code.*?</code>|\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?P<inline>[^\s$](?:[^$]*[^\s$\\])?)\$(?![\w$])", re.DOTALL
+)
+
+
+class Page(HTMLExporter):
+    """A page whose formulas are MathML, which browsers show by themselves; MathJax would come from the network."""
+
+    @pass_context
+    def markdown2html(self, context, source):
+        return FORMULA.sub(_mathml, super().markdown2html(context, source))
+
+
+def _mathml(found: re.Match) -> str:
+    if found.lastgroup is None:  # dollars in code
+        return found[0]
+    try:
+        return convert(html.unescape(found[found.lastgroup]), display=found.lastgroup)
+    except Exception:  # whatever a formula that it does not know leads to; MathJax may know it
+        return found[0]
+
+
 # ------------------------------------------------------------------------------------------------ the files
 def _read(path: Path) -> nbformat.NotebookNode:
     """A notebook in the current format, without the outputs of earlier runs."""
@@ -216,19 +243,20 @@ def _plan(path: Path, in_place: bool) -> Results:
     """Where the results will go. Raises OSError if they cannot be written, ValueError if they would replace `path`."""
     runs = runs_folder()
     _check_folder(runs, "; DALM_RUNS names another folder")
-    results = Results(runs / path.name, runs / f"{path.stem}.html", runs / f"{path.stem}.unfinished.ipynb")
-    _check_ours(results.unfinished)
+    unfinished = runs / f"{path.stem}.unfinished.ipynb"
+    _check_ours(unfinished)
     if in_place:
         target = path.resolve()
         _check_folder(target.parent)
         if not (os.access(target, os.W_OK) and target.stat().st_mode & 0o222):
             raise PermissionError(f"{path} is read-only")
-        return Results(target, None, results.unfinished)
-    if results.notebook.exists() and results.notebook.samefile(path):
+        return Results(target, None, unfinished)
+    target, page = runs / path.name, runs / f"{path.stem}.html"
+    if target.exists() and target.samefile(path):
         raise ValueError(f"{path} is where its own results would go; pass --in-place to write them into it")
-    _check_ours(results.notebook)
-    _check_ours(runs / f"{path.stem}.html")
-    return results
+    _check_ours(target)
+    _check_ours(page)
+    return Results(target, page, unfinished)
 
 
 def _check_folder(folder: Path, remedy: str = "") -> None:
@@ -253,17 +281,7 @@ def _write(path: Path, text: str, *, record: bool) -> None:
     if record:
         with path.with_name(RECORD).open("a") as file:
             file.write(f"{_digest(content)}\n")
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_file(path, content.decode())
 
 
 def _record_of(path: Path) -> str:
