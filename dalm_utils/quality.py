@@ -103,6 +103,7 @@ def infilling(
     batch_size: int = 32,
     precision: str = "auto",
     progress: bool = False,
+    **how,
 ) -> InfillQuality:
     """Cut a gap into each block and let the model restore it.
 
@@ -114,6 +115,7 @@ def infilling(
         blocks: `[N, L]` long, or a sequence of `[L]` such as `Blocks`; position 0 is the begin token.
         gap: tokens to cut out, at a place drawn uniformly from those that leave a token on either side.
         order: in which a diffusion model reveals tokens; see `generate`.
+        how: further arguments of `generate`, for a diffusion model: block_length, cache.
 
     Raises:
         ValueError: a gap that does not fit between a prefix and a suffix.
@@ -125,7 +127,7 @@ def infilling(
     check_fits(model, tokenizer, length)
     starts = torch.randint(2, length - gap, (len(blocks), 1), generator=seeded(seed, gap, "gaps"))
     columns = starts + torch.arange(gap)  # [N, gap]
-    fill: Callable = _continue if mask_id_of(model) is None else partial(_fill, order=order)
+    fill: Callable = _continue if mask_id_of(model) is None else partial(_fill, order=order, **how)
     pieces = enumerate(zip(blocks.split(batch_size), columns.split(batch_size), strict=True))
     bar = tqdm(pieces, "infilling", -(-len(blocks) // batch_size), leave=False, disable=not progress)
     with eval_mode(model):
@@ -134,12 +136,12 @@ def infilling(
     return InfillQuality(_gap_scores(tokenizer, filled, blocks.gather(1, columns)), filled, documents)
 
 
-def _fill(model, tokenizer, blocks, columns, temperature, seed, precision, order) -> Tensor:
+def _fill(model, tokenizer, blocks, columns, temperature, seed, precision, **how) -> Tensor:
     """A diffusion model's tokens at `columns` `[B, gap]` of `blocks` `[B, L]`, given all the others: `[B, gap]`."""
     gap = columns.shape[1]
     parts = [[row[1 : at[0]], gap, row[at[-1] + 1 :]] for row, at in zip(blocks, columns, strict=True)]
-    options = dict(order=order, temperature=temperature, seed=seed, precision=precision)
-    return generate(model, tokenizer, parts=parts, **options).tokens.gather(1, columns)
+    options = dict(temperature=temperature, seed=seed, precision=precision)
+    return generate(model, tokenizer, parts=parts, **options, **how).tokens.gather(1, columns)
 
 
 def _continue(model, tokenizer, blocks, columns, temperature, seed, precision) -> Tensor:

@@ -100,9 +100,11 @@ def test_corrupted_text_is_escaped_and_gaps_are_visible(shown):
     assert "a&lt;b" in shown[0].data and shown[0].data.count("░░░") == 1
 
 
-def test_the_viewer_holds_the_whole_text_and_each_tokens_birth(shown):
+@pytest.mark.parametrize("order", ["random", "remasking"])
+def test_the_viewer_holds_the_whole_text_and_each_tokens_birth(shown, order):
     model, tokenizer = tiny_diffusion()
-    samples = generate(model, tokenizer, prompt="Return", length=10, steps=4, return_history=True)
+    options = dict(prompt="Return", length=10, steps=8, order=order, remask=0.5)
+    samples = generate(model, tokenizer, **options, return_history=True)
     plots.viewer(samples, tokenizer)
     page = shown[0].data
     spans = re.findall(r"<span data-born='(-?\d+)'[^>]*>([^<]*)</span>", page)
@@ -110,8 +112,8 @@ def test_the_viewer_holds_the_whole_text_and_each_tokens_birth(shown):
         tokenizer.decode([t]) for t in samples.tokens[0, 1:]
     )
     births = [int(born) for born, _ in spans]
-    for index, reveal in enumerate(samples.history):
-        assert [position for position, born in enumerate(births, 1) if born == index] == sorted(reveal.positions)
+    final = {position: index for index, reveal in enumerate(samples.history) for position in reveal.positions}
+    assert births == [final.get(position, -1) for position in range(1, len(births) + 1)]
     assert births.count(-1) == len(births) - 10 and "<script" not in page and "type='range'" in page
 
 
