@@ -49,10 +49,10 @@ def text_quality(judge: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tok
         raise ValueError(f"text quality needs at least 3 positions, the begin token among them, got {tokens.shape[1]}")
     rows = tokens[:, 1:].tolist()
     nll = ar_nll(judge, tokenizer, tokens)
-    diversity = {
+    diversity: dict[str, list[float]] = {
         "entropy": [_entropy(row) for row in rows],
         "distinct_2": [len(set(itertools.pairwise(row))) / (len(row) - 1) for row in rows],
-        "repetition": [np.mean([t in row[max(0, i - 16) : i] for i, t in enumerate(row)]) for row in rows],
+        "repetition": [sum(t in row[max(0, i - 16) : i] for i, t in enumerate(row)) / len(row) for row in rows],
     }
     means = {name: float(np.mean(values)) for name, values in diversity.items()}
     errors = {name: standard_error(np.array(values)) for name, values in diversity.items()}
