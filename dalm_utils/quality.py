@@ -33,6 +33,7 @@ class TextQuality:
     entropy: float  # of a sample's unigram distribution in nats, mean over samples
     distinct_2: float  # distinct pairs of adjacent tokens / all pairs, mean over samples
     repetition: float  # fraction of tokens that occur among the 16 before them, mean over samples
+    stderr: dict[str, float]  # the standard error of each, over samples
 
 
 def text_quality(judge: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Tensor) -> TextQuality:
@@ -47,12 +48,16 @@ def text_quality(judge: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tok
     if tokens.shape[1] < 3:
         raise ValueError(f"text quality needs at least 3 positions, the begin token among them, got {tokens.shape[1]}")
     rows = tokens[:, 1:].tolist()
-    return TextQuality(
-        perplexity=ar_nll(judge, tokenizer, tokens).perplexity,
-        entropy=float(np.mean([_entropy(row) for row in rows])),
-        distinct_2=float(np.mean([len(set(itertools.pairwise(row))) / (len(row) - 1) for row in rows])),
-        repetition=float(np.mean([[t in row[max(0, i - 16) : i] for i, t in enumerate(row)] for row in rows])),
-    )
+    nll = ar_nll(judge, tokenizer, tokens)
+    diversity: dict[str, list[float]] = {
+        "entropy": [_entropy(row) for row in rows],
+        "distinct_2": [len(set(itertools.pairwise(row))) / (len(row) - 1) for row in rows],
+        "repetition": [sum(t in row[max(0, i - 16) : i] for i, t in enumerate(row)) / len(row) for row in rows],
+    }
+    means = {name: float(np.mean(values)) for name, values in diversity.items()}
+    errors = {name: standard_error(np.array(values)) for name, values in diversity.items()}
+    errors["perplexity"] = nll.perplexity * nll.stderr
+    return TextQuality(nll.perplexity, means["entropy"], means["distinct_2"], means["repetition"], errors)
 
 
 def _entropy(row: list[int]) -> float:
@@ -103,6 +108,7 @@ def infilling(
     batch_size: int = 32,
     precision: str = "auto",
     progress: bool = False,
+    **how,
 ) -> InfillQuality:
     """Cut a gap into each block and let the model restore it.
 
@@ -114,6 +120,7 @@ def infilling(
         blocks: `[N, L]` long, or a sequence of `[L]` such as `Blocks`; position 0 is the begin token.
         gap: tokens to cut out, at a place drawn uniformly from those that leave a token on either side.
         order: in which a diffusion model reveals tokens; see `generate`.
+        how: further arguments of `generate`, for a diffusion model: block_length, cache.
 
     Raises:
         ValueError: a gap that does not fit between a prefix and a suffix.
@@ -125,7 +132,7 @@ def infilling(
     check_fits(model, tokenizer, length)
     starts = torch.randint(2, length - gap, (len(blocks), 1), generator=seeded(seed, gap, "gaps"))
     columns = starts + torch.arange(gap)  # [N, gap]
-    fill: Callable = _continue if mask_id_of(model) is None else partial(_fill, order=order)
+    fill: Callable = _continue if mask_id_of(model) is None else partial(_fill, order=order, **how)
     pieces = enumerate(zip(blocks.split(batch_size), columns.split(batch_size), strict=True))
     bar = tqdm(pieces, "infilling", -(-len(blocks) // batch_size), leave=False, disable=not progress)
     with eval_mode(model):
@@ -134,12 +141,12 @@ def infilling(
     return InfillQuality(_gap_scores(tokenizer, filled, blocks.gather(1, columns)), filled, documents)
 
 
-def _fill(model, tokenizer, blocks, columns, temperature, seed, precision, order) -> Tensor:
+def _fill(model, tokenizer, blocks, columns, temperature, seed, precision, **how) -> Tensor:
     """A diffusion model's tokens at `columns` `[B, gap]` of `blocks` `[B, L]`, given all the others: `[B, gap]`."""
     gap = columns.shape[1]
     parts = [[row[1 : at[0]], gap, row[at[-1] + 1 :]] for row, at in zip(blocks, columns, strict=True)]
-    options = dict(order=order, temperature=temperature, seed=seed, precision=precision)
-    return generate(model, tokenizer, parts=parts, **options).tokens.gather(1, columns)
+    options = dict(temperature=temperature, seed=seed, precision=precision)
+    return generate(model, tokenizer, parts=parts, **options, **how).tokens.gather(1, columns)
 
 
 def _continue(model, tokenizer, blocks, columns, temperature, seed, precision) -> Tensor:

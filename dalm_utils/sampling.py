@@ -1,10 +1,8 @@
-"""Writing text: start from [MASK] in the gaps and reveal tokens, a few at a time."""
+"""Generating text: start from [MASK] in the gaps and reveal tokens, a few at a time."""
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +10,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .backbone import check_fits, eval_mode, hidden_states, predicting_states, require_mask_id
+from .backbone import check_fits, eval_mode, require_mask_id
+from .block_cache import BlockPass, FullPass, check_cache
 from .head import chunk_rows, logits_of
-from .machine import DTYPES, autocast, pick_precision
+from .machine import DTYPES, autocast, pick_precision, send
 from .objective import seeded
+from .orders import ORDERS, Settings, steps_per_block
 from .tokens import begin_id, decode, encode, unused_ids
 
 Parts = list[str | Tensor | int]  # given texts, given token ids `[n]`, and gaps of so many tokens
@@ -38,8 +38,8 @@ class Samples:
     text: list[str]
     tokens: Tensor
     shown: Tensor  # [N, L] bool: what stands in `text`, and the begin token; not padding, nor what follows the end
-    history: list[Reveal]  # empty unless return_history
-    forward_passes: int
+    history: list[Reveal]  # empty unless return_history; a position that was masked again is revealed more than once
+    forward_passes: int  # each computes all sequences with something to reveal: wholly, or with a cache one block
 
 
 @torch.no_grad()
@@ -54,7 +54,10 @@ def generate(
     steps: int | None = None,
     order: str = "random",
     threshold: float = 0.9,
+    remask: float = 0.05,
     block_length: int | None = None,
+    cache: bool = False,
+    refresh: int | None = None,
     temperature: float = 1.0,
     top_p: float | None = None,
     top_k: int | None = None,
@@ -76,6 +79,10 @@ def generate(
         first_hitting: one position at a time, in random order (arXiv 2409.02908): exact, with one forward pass
             per token, however many `steps` are asked for.
 
+    One hides tokens again:
+        remasking: as random, but each revealed token is masked again with probability `remask` at each step, and
+            more are revealed in its place (ReMDM, arXiv 2503.00307; `orders.Remasking` states the chain).
+
     Four are greedy: each token is a draw from the model, but which comes next depends on what it is sure of.  Often
     better text, but biased: not the any-order distribution.
         confidence, entropy, margin: first where the best token has the highest probability, the entropy is
@@ -87,6 +94,10 @@ def generate(
     reveals nothing costs nothing.  Tokens are drawn in float64: Gumbel noise in fewer bits lowers the temperature
     (2409.02908).
 
+    With `cache=True` a pass computes all positions of a sequence only when it begins a block, and after that only the
+    block.  This is an approximation: the rest of the text is represented as it was computed when the block was still
+    masked.  `refresh` makes it a better one, and `refresh=1` exact.
+
     Args:
         prompt: text before the gap; a list is a batch, whose shorter sequences are padded, unseen by anyone.
         length: tokens to write.
@@ -94,6 +105,8 @@ def generate(
             A tensor `[n]` of token ids stands for a text that is tokenised already.
         steps: denoising steps for all blocks together; by default as many as the longest sequence has gaps to fill.
         block_length: fill so many positions before any further to the right (semi-autoregressive); None: no blocks.
+        cache: whether to compute blocks against cached keys and values; needs `block_length`.
+        refresh: with `cache`, compute all positions at every `refresh`-th pass within a block, too.
         temperature: divides the logits; 0 takes the most probable token.
         top_p, top_k: keep the smallest set of tokens with this probability; this many tokens.
         repetition_penalty: above 1 makes tokens less likely that the sequence shows already (arXiv 1909.05858).
@@ -105,136 +118,40 @@ def generate(
             left as it is then, with [MASK] in its other gaps.
 
     Raises:
-        ValueError: a value out of range, a model without [MASK], or more positions than the model can see.
+        ValueError: a value out of range, a model without [MASK], more positions than the model can see, or
+            `cache=True` for a model that fails `check_cache`.
     """
+    _check_numbers(
+        {"steps": steps, "block_length": block_length, "refresh": refresh, "top_k": top_k, "num_samples": num_samples},
+        {"top_p": top_p, "threshold": threshold, "remask": remask},
+        temperature,
+        repetition_penalty,
+    )
+    _check_together(order, cache, refresh, block_length, stop_at_end or expected is not None)
     rows = [_encoded(tokenizer, row) for row in _rows(prompt, suffix, length, parts)]
-    _check(order, steps, threshold, block_length, temperature, top_p, top_k, repetition_penalty, num_samples)
-    end = begin_id(tokenizer) if stop_at_end else None  # what follows each document in a text
-    canvas, blocks, real = _canvas(model, tokenizer, [row for row in rows for _ in range(num_samples)], block_length)
-    written = blocks >= 0  # [N, L]: what is ours to fill
-    if stop_at_end and (written.cumsum(1).bool() & real & ~written).any():
-        raise ValueError("stop_at_end ends a text in its gap, but here given text follows one; leave one of them out")
-    holes = written.clone()
-    most_holes, most_blocks = int(holes.sum(1).max()), int(blocks.max()) + 1
-    per_block = steps // most_blocks if steps else min(most_holes, block_length or most_holes)
-    if per_block == 0 and order not in UNHURRIED:
-        raise ValueError(f"{steps} steps are too few for {most_blocks} blocks; raise steps or block_length")
+    canvas = _Canvas(model, tokenizer, [row for row in rows for _ in range(num_samples)], block_length, stop_at_end)
     draws = seeded(seed, 0, "generate")
-    choose = ORDERS[order](blocks, per_block, threshold, draws)
-    attention_mask = _hide_padding(real, model, precision)
-    chunk = chunk_rows(model.get_output_embeddings().weight)  # never more logits than these at once
+    per_block = steps_per_block(order, steps, block_length, canvas.blocks)
+    chooser = ORDERS[order](Settings(canvas.blocks, per_block, threshold, remask, draws))
+    network = _network(model, canvas, _hide_padding(canvas.real, model, precision), cache, refresh)
+    head = _Head(model, tokenizer, temperature, top_p, top_k, repetition_penalty, draws)
     history = []
 
-    bar = tqdm(total=int(holes.sum()), desc="writing", unit="token", leave=False, disable=not progress)
+    bar = tqdm(total=int(canvas.holes.sum()), desc="sampling", unit="token", leave=False, disable=not progress)
     with bar, eval_mode(model), autocast(model.device, precision):  # around the loop: the weights are cast once
-        while holes.any():
-            step, wanted = choose.candidates(holes)
-            active = wanted.any(1).nonzero()[:, 0]  # sequences with nothing to reveal are left alone
-            where = active.to(model.device)
-            hidden = hidden_states(model, canvas[where], None if attention_mask is None else attention_mask[where])
-            places, columns = wanted[active].nonzero(as_tuple=True)
-            sources = predicting_states(model, hidden, (places * canvas.shape[1] + columns).to(model.device))  # [M, D]
-            if choose.measure is not None:
-                kept = choose.keep(_measured(model, tokenizer, sources, choose.measure), active[places])
-                places, columns, sources = places[kept], columns[kept], sources[kept.to(model.device)]
-            revealed = active[places]
-            shown = canvas[revealed.to(model.device)]  # [M, L]
-            chunks = zip(sources.split(chunk), shown.split(chunk), strict=True)
-            logits = (_penalise(_logits(model, tokenizer, some), seen, repetition_penalty) for some, seen in chunks)
-            tokens = torch.cat([draw(some, temperature, top_p, top_k, draws) for some in logits])  # [M]
-            canvas[revealed.to(model.device), columns.to(model.device)] = tokens.to(model.device)
-            holes[revealed, columns] = False
-            bar.update(len(tokens))
-            history.append(Reveal(step, revealed.tolist(), columns.tolist(), tokens.tolist()))
-            if end is not None:
-                _close_ended(canvas, holes, blocks, end)
-            if expected is not None:
-                holes &= ~_differs(canvas, expected, written & ~holes)[:, None]
-
-    canvas = canvas.cpu()
-    if end is not None:  # the text ends before the end token
-        real &= ~(written & ((canvas == end) & written).cumsum(1).bool())
-    text = [decode(tokenizer, row[kept][1:].tolist()) for row, kept in zip(canvas, real, strict=True)]
-    return Samples(text, canvas, real, history if return_history else [], len(history))
-
-
-# ----------------------------------------------------------------------------------------------- the orders
-class _Planned:
-    """Reveals each position at a step that was drawn beforehand."""
-
-    measure = None
-
-    def __init__(self, plan: Tensor):
-        self.plan = plan  # [N, L]
-
-    def candidates(self, holes: Tensor) -> tuple[int, Tensor]:
-        step = int(self.plan[holes].min())  # steps at which nothing is planned are passed over
-        return step, holes & (self.plan == step)
-
-
-class _Greedy:
-    """Reveals, in the leftmost block with a hole, what the model is surest of."""
-
-    def __init__(self, blocks: Tensor, per_block: int, measure: Callable, sure: float = math.inf):
-        self.blocks, self.per_block, self.measure, self.sure = blocks, per_block, measure, sure
-        self.step, self.block = -1, torch.full((len(blocks),), -1)
-        self.steps_left = torch.zeros(len(blocks), dtype=torch.long)
-
-    def candidates(self, holes: Tensor) -> tuple[int, Tensor]:
-        self.step += 1
-        block = self.blocks.where(holes, self.blocks.max() + 1).min(1).values
-        self.steps_left = torch.where(block == self.block, self.steps_left - 1, self.per_block)
-        self.block = block
-        wanted = holes & (self.blocks == block[:, None])
-        self.quota = -(-wanted.sum(1) // self.steps_left.clamp(min=1))  # [N]
-        return self.step, wanted
-
-    def keep(self, score: Tensor, rows: Tensor) -> Tensor:
-        """Indices of the best `quota` candidates in each row, and of all that are sure."""
-        by_score = score.argsort(descending=True)
-        by_row = by_score[rows[by_score].argsort(stable=True)]  # rows in order, best first in each
-        ordered = rows[by_row]
-        place = torch.arange(len(rows)) - torch.searchsorted(ordered, ordered)
-        return by_row[(place < self.quota[ordered]) | (score[by_row] >= self.sure)]
-
-
-def _random(blocks: Tensor, per_block: int, threshold: float, draws: torch.Generator) -> _Planned:
-    return _Planned(blocks * per_block + torch.randint(per_block, blocks.shape, generator=draws))
-
-
-def _first_hitting(blocks: Tensor, per_block: int, threshold: float, draws: torch.Generator) -> _Planned:
-    times = torch.rand(blocks.shape, generator=draws, dtype=torch.float64)
-    return _Planned((blocks + times).where(blocks >= 0, math.inf).argsort(1).argsort(1))
-
-
-def _confidence(p: Tensor) -> Tensor:
-    return p.max(-1).values
-
-
-def _negative_entropy(p: Tensor) -> Tensor:
-    return -torch.special.entr(p).sum(-1)
-
-
-def _margin(p: Tensor) -> Tensor:
-    best, second = p.topk(2, -1).values.unbind(-1)
-    return best - second
-
-
-ORDERS: dict[str, Callable] = {
-    "random": _random,
-    "first_hitting": _first_hitting,
-    "confidence": lambda blocks, per_block, *_: _Greedy(blocks, per_block, _confidence),
-    "entropy": lambda blocks, per_block, *_: _Greedy(blocks, per_block, _negative_entropy),
-    "margin": lambda blocks, per_block, *_: _Greedy(blocks, per_block, _margin),
-    "threshold": lambda blocks, _, threshold, __: _Greedy(blocks, sys.maxsize, _confidence, sure=threshold),
-}
-UNHURRIED = ("first_hitting", "threshold")  # however many steps are asked for
-
-
-def _measured(model, tokenizer, sources: Tensor, measure: Callable) -> Tensor:
-    """`measure` of the predicted distributions, a chunk at a time: `[M]` on the CPU."""
-    chunk = chunk_rows(model.get_output_embeddings().weight)
-    return torch.cat([measure(_logits(model, tokenizer, part).softmax(-1)).cpu() for part in sources.split(chunk)])
+        while (turn := chooser.turn(canvas.holes)) is not None:
+            canvas.hide(turn.holes)
+            rows, columns = turn.candidates.nonzero(as_tuple=True)
+            states = network.states(rows, columns)  # [M, D]
+            kept = chooser.choose(rows, head.distributions(states))
+            rows, columns = rows[kept], columns[kept]
+            tokens = head.draw(states, send(kept, states.device), canvas.tokens[send(rows, states.device)])  # [K]
+            canvas.reveal(rows, columns, tokens)
+            history.append(Reveal(turn.step, rows.tolist(), columns.tolist(), tokens.tolist()))
+            canvas.close_ended()
+            canvas.close_unexpected(expected)
+            bar.update(bar.total - int(canvas.holes.sum()) - bar.n)
+    return canvas.samples(history if return_history else [], len(history))
 
 
 # ----------------------------------------------------------------------------------------------- one token
@@ -263,17 +180,40 @@ def _keep_top(weights: Tensor, top_p: float | None, top_k: int | None) -> Tensor
     return weights.masked_fill(torch.zeros_like(drop).scatter(-1, index, drop), 0.0)
 
 
+class _Head:
+    """The model's head and what is asked of each token, a chunk of rows at a time."""
+
+    def __init__(self, model, tokenizer, temperature, top_p, top_k, repetition_penalty, draws: torch.Generator):
+        weight = model.get_output_embeddings().weight
+        self.model, self.chunk = model, chunk_rows(weight)
+        self.unused = unused_ids(tokenizer, len(weight)).to(weight.device)
+        self.how, self.penalty = (temperature, top_p, top_k, draws), repetition_penalty
+        self.logits: Tensor | None = None  # [M, V] of the states whose distributions were asked for last
+
+    def distributions(self, states: Tensor) -> Iterator[Tensor]:
+        """What states `[M, D]` predict: `[m, V]` at a time."""
+        for part in states.split(self.chunk):
+            logits = self._logits(part)
+            self.logits = logits if len(states) <= self.chunk else None  # never more than a chunk
+            yield logits.softmax(-1)
+
+    def draw(self, states: Tensor, kept: Tensor, shown: Tensor) -> Tensor:
+        """A token from each of K `kept` states of `[M, D]`, in sequences that show `[K, L]`: `[K]` on the CPU."""
+        known, self.logits = self.logits, None
+        logits = (self._logits(states[k]) if known is None else known[k] for k in kept.split(self.chunk))
+        logits = (_penalise(x, seen, self.penalty) for x, seen in zip(logits, shown.split(self.chunk), strict=True))
+        return torch.cat([draw(some, *self.how) for some in logits])
+
+    def _logits(self, states: Tensor) -> Tensor:
+        return logits_of(self.model, states).index_fill_(-1, self.unused, -torch.inf)
+
+
 def _penalise(logits: Tensor, shown: Tensor, penalty: float) -> Tensor:
     """Lower the logits `[M, V]` of the tokens `[M, L]` that a sequence shows ([MASK], among them, is at -inf)."""
     if penalty == 1.0:
         return logits
     score = logits.gather(-1, shown)
     return logits.scatter(-1, shown, torch.where(score > 0, score / penalty, score * penalty))
-
-
-def _logits(model, tokenizer, hidden: Tensor) -> Tensor:
-    logits = logits_of(model, hidden)
-    return logits.index_fill_(-1, unused_ids(tokenizer, logits.shape[-1]).to(logits.device), -torch.inf)
 
 
 # --------------------------------------------------------------------------------------------- the sequences
@@ -302,23 +242,65 @@ def _encoded(tokenizer, row: Parts) -> list[list[int] | int]:
     ]
 
 
-def _canvas(
-    model, tokenizer, rows: list[list[list[int] | int]], block_length: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Three `[N, L]`: the tokens, [MASK] in the gaps; each gap position's block, else -1; what is not padding."""
-    begin, mask = begin_id(tokenizer), require_mask_id(model)
-    tokens = [[begin] + [t for part in row for t in ([mask] * part if isinstance(part, int) else part)] for row in rows]
-    gaps = [
-        [False] + [g for part in row for g in ([True] * part if isinstance(part, int) else [False] * len(part))]
-        for row in rows
-    ]
-    longest = max(map(len, tokens))
-    check_fits(model, tokenizer, longest)
-    real = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in tokens])
-    holes = torch.tensor([row + [False] * (longest - len(row)) for row in gaps])
-    blocks = ((holes.cumsum(1) - 1) // (block_length or longest)).where(holes, -1)
-    padded = [row + [begin] * (longest - len(row)) for row in tokens]
-    return torch.tensor(padded, device=model.device), blocks, real
+class _Canvas:
+    """The sequences to fill, N of L positions: the begin token, given texts and gaps, and padding on the right."""
+
+    def __init__(self, model, tokenizer, rows: list[list[list[int] | int]], block_length: int | None, stops: bool):
+        self.tokenizer, self.begin, self.mask_id = tokenizer, begin_id(tokenizer), require_mask_id(model)
+        gap = -1  # no token
+        spelled = [[t for part in row for t in ([gap] * part if isinstance(part, int) else part)] for row in rows]
+        lengths = torch.tensor([1 + len(row) for row in spelled])
+        longest = int(lengths.max())
+        check_fits(model, tokenizer, longest)
+        tokens = torch.tensor([[self.begin, *row, *[self.begin] * (longest - 1 - len(row))] for row in spelled])
+        self.real = torch.arange(longest) < lengths[:, None]  # not padding; all of these are [N, L] bool, on the CPU
+        self.written = tokens == gap
+        self.holes = self.written.clone()
+        self.blocks = ((self.written.cumsum(1) - 1) // (block_length or longest)).where(self.written, -1)
+        self.tokens = tokens.masked_fill(self.written, self.mask_id).to(model.device)
+        self.stops = stops
+        if stops and (self.written.cumsum(1).bool() & self.real & ~self.written).any():
+            raise ValueError(
+                "stop_at_end ends a text in its gap, but here given text follows one; leave one of them out"
+            )
+
+    def hide(self, holes: Tensor) -> None:
+        """Mask these `[N, L]`; an order may hide again what was revealed."""
+        self.holes = holes
+        self.tokens.masked_fill_(send(holes, self.tokens.device), self.mask_id)
+
+    def reveal(self, rows: Tensor, columns: Tensor, tokens: Tensor) -> None:
+        place = send(torch.stack([rows, columns, tokens]), self.tokens.device)
+        self.tokens[place[0], place[1]] = place[2]
+        self.holes[rows, columns] = False
+
+    def close_ended(self) -> None:
+        """With `stops`: where a finished block holds the end token, what lies to its right is not to be written."""
+        if not self.stops:
+            return
+        ends = (self.tokens.cpu() == self.begin) & self.written & ~self.holes
+        first = self.blocks.where(ends, self.blocks.max() + 1).min(1, keepdim=True).values  # [N, 1]: where it ends
+        unfinished = (self.holes & (self.blocks <= first)).any(1, keepdim=True)
+        closed = self.holes & (self.blocks > first) & ~unfinished
+        self.tokens[closed.to(self.tokens.device)] = self.begin
+        self.holes &= ~closed
+
+    def close_unexpected(self, expected: list[list[int]] | None) -> None:
+        """Leave a sequence as it is where it holds another token than expected."""
+        if expected is None:
+            return
+        wanted = torch.zeros(self.holes.shape, dtype=torch.long)
+        for row, ids in zip(wanted, expected, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        differs = ((self.tokens.cpu() != wanted) & self.written & ~self.holes).any(1, keepdim=True)
+        self.holes &= ~differs
+
+    def samples(self, history: list[Reveal], forward_passes: int) -> Samples:
+        tokens, shown = self.tokens.cpu(), self.real
+        if self.stops:  # the text ends before the end token
+            shown = shown & ~(self.written & ((tokens == self.begin) & self.written).cumsum(1).bool())
+        text = [decode(self.tokenizer, row[kept][1:].tolist()) for row, kept in zip(tokens, shown, strict=True)]
+        return Samples(text, tokens, shown, history, forward_passes)
 
 
 def _hide_padding(real: Tensor, model, precision: str) -> Tensor | None:
@@ -330,39 +312,36 @@ def _hide_padding(real: Tensor, model, precision: str) -> Tensor | None:
     return mask.masked_fill(~real, -torch.inf)[:, None, None].to(model.device)
 
 
-def _close_ended(canvas: Tensor, holes: Tensor, blocks: Tensor, end: int) -> None:
-    """Where a finished block holds the end token, what lies to its right is not to be written."""
-    ends = (canvas.cpu() == end) & (blocks >= 0) & ~holes
-    first = blocks.where(ends, blocks.max() + 1).min(1, keepdim=True).values  # [N, 1]: the block with an end token
-    unfinished = (holes & (blocks <= first)).any(1, keepdim=True)
-    closed = holes & (blocks > first) & ~unfinished
-    canvas[closed.to(canvas.device)] = end
-    holes &= ~closed
+def _network(model, canvas: _Canvas, padding: Tensor | None, cache: bool, refresh: int | None) -> FullPass:
+    if not cache:
+        return FullPass(model, canvas.tokens, padding)
+    check_cache(model)
+    return BlockPass(model, canvas.tokens, padding, canvas.blocks, refresh)
 
 
-def _differs(canvas: Tensor, expected: list[list[int]], known: Tensor) -> Tensor:
-    """Whether a sequence holds another token than expected at a place that is known: `[N]` bool."""
-    wanted = torch.zeros(canvas.shape, dtype=torch.long)
-    for row, ids in zip(wanted, expected, strict=True):
-        row[: len(ids)] = torch.tensor(ids)
-    return ((canvas.cpu() != wanted) & known).any(1)
-
-
-def _check(order, steps, threshold, block_length, temperature, top_p, top_k, repetition_penalty, num_samples) -> None:
-    if order not in ORDERS:
-        raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {order!r}")
-    for name, value in {
-        "steps": steps,
-        "block_length": block_length,
-        "top_k": top_k,
-        "num_samples": num_samples,
-    }.items():
+# -------------------------------------------------------------------------------------------------- refusals
+def _check_numbers(counts: dict, fractions: dict, temperature: float, repetition_penalty: float) -> None:
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    for name, value in {"top_p": top_p, "threshold": threshold}.items():
+    for name, value in fractions.items():
         if value is not None and not 0 < value <= 1:
             raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
     if temperature < 0 or repetition_penalty <= 0:
         raise ValueError(
             f"need temperature >= 0 and repetition_penalty > 0, got {temperature} and {repetition_penalty}"
+        )
+
+
+def _check_together(order: str, cache: bool, refresh: int | None, block_length: int | None, ends_early: bool) -> None:
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {order!r}")
+    if cache and block_length is None:
+        raise ValueError("cache=True computes one block at a time; give block_length, 32 say, or leave the cache out")
+    if refresh is not None and not cache:
+        raise ValueError(f"refresh={refresh} is about the cache; set cache=True, or leave refresh out")
+    if order == "remasking" and ends_early:
+        raise ValueError(
+            "order='remasking' may change each token until its last step, so a text cannot end early; "
+            "leave stop_at_end and expected out, or choose another order"
         )

@@ -11,7 +11,7 @@ import torch
 import tests.benchmarks
 from dalm_utils.config import PROJECT
 from tests.benchmarks import cost, estimators, gpu, recipe, sampling, train_step
-from tests.helpers import tiny_diffusion
+from tests.helpers import tiny_diffusion, tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("path", sorted(Path(tests.benchmarks.__path__[0]).glob("*.py")), ids=lambda path: path.stem)
@@ -41,6 +41,20 @@ def test_the_plain_sampler_fills_all_positions():
     model, _ = tiny_diffusion()
     canvas = sampling.plain(model, length=12, steps=5, top_p=0.9)
     assert canvas.shape == (1, 13) and not (canvas == model.config.mask_token_id).any()
+
+
+def test_the_parts_of_the_sampling_benchmark_run(monkeypatch, capsys):
+    model, tokenizer = tiny_diffusion()
+    judge = tiny_model(vocab=len(tiny_tokenizer()))
+    blocks = torch.randint(300, (3, 40), generator=torch.Generator().manual_seed(0))
+    share, speedup = sampling.against_plain(*tiny_diffusion(), length=12, steps=5, rounds=1).values()
+    assert 0 < share < 1 and speedup > 0
+    assert sampling.cached_speedup("tiny", model, tokenizer, length=24, count=20, rounds=1) > 0
+    monkeypatch.setattr(sampling, "PROMPT", 8)
+    tokens_per_pass = sampling.quality((model, tokenizer), judge, blocks, sampling.WAYS)
+    assert all(value >= 1 for value in tokens_per_pass.values()) and list(tokens_per_pass) == list(sampling.WAYS)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + len(sampling.WAYS)
 
 
 def test_the_table_of_all_trials_is_what_the_record_says():

@@ -79,7 +79,7 @@ def test_evaluate_as_a_table_and_as_json(workplace, capsys):
     for form in ([], ["--json"]):
         assert main([*asked, *form]) == 0
         told.append(capsys.readouterr())
-        assert all(word in told[-1].err for word in ("scoring", "infilling", "writing"))  # the progress bars
+        assert all(word in told[-1].err for word in ("scoring", "infilling", "sampling"))  # the progress bars
     table, record = table_of(told[0].out), json.loads(told[1].out)
     assert set(table) == set(record) - {"model", "text", "field", "split", "length", "blocks", "likelihood"}
     for name, shown in table.items():
@@ -229,11 +229,11 @@ def test_every_option_of_sample_reaches_the_sampler(tmp_path, monkeypatch, capsy
     )
     options = dict(
         prompt="Return", suffix="of", length=5, steps=4, order="threshold", threshold=0.7, block_length=2,
-        temperature=0.5, top_p=0.9, top_k=3, repetition_penalty=1.2, seed=8,
+        temperature=0.5, top_p=0.9, top_k=3, repetition_penalty=1.2, seed=8, remask=0.3, refresh=2,
     )  # fmt: skip
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    assert main(["sample", str(tmp_path / "model"), *words, "--stop-at-end", "--num", "2"]) == 0
-    assert asked == [options | dict(stop_at_end=True, num_samples=2, progress=True)]
+    assert main(["sample", str(tmp_path / "model"), *words, "--stop-at-end", "--cache", "--num", "2"]) == 0
+    assert asked == [options | dict(stop_at_end=True, cache=True, num_samples=2, progress=True)]
     assert capsys.readouterr().out == "a\n"
 
 

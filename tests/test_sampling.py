@@ -1,3 +1,4 @@
+import functools
 import itertools
 import math
 import re
@@ -10,8 +11,10 @@ import torch
 from dalm_utils import generate, sampling
 from dalm_utils.backbone import hidden_states
 from dalm_utils.head import logits_of
-from dalm_utils.sampling import ORDERS, draw
-from dalm_utils.tokens import encode
+from dalm_utils.objective import seeded
+from dalm_utils.orders import IGNORES_STEPS, ORDERS, Remasking, Settings
+from dalm_utils.sampling import draw
+from dalm_utils.tokens import encode, unused_ids
 from tests.helpers import FAMILIES, tiny_diffusion, tiny_model, tiny_tokenizer
 
 CHI2_7_1E4 = 29.88  # a chi-squared variable with 7 degrees of freedom exceeds this once in 10,000
@@ -35,9 +38,10 @@ def test_samples_hold_no_mask_and_keep_prompt_and_suffix(order, steps, shift):
     assert all(text.startswith("Return the sum") and text.endswith("of an array.") for text in samples.text)
     assert (samples.tokens[:, 0] == tokenizer.bos_token_id).all()
     revealed = [(r, p) for reveal in samples.history for r, p in zip(reveal.rows, reveal.positions, strict=True)]
-    assert len(revealed) == len(set(revealed)) == 3 * 9  # each position of each sample exactly once
+    assert len(set(revealed)) == 3 * 9
+    assert len(revealed) == 3 * 9 or order == "remasking"  # each position of each sample once
     assert samples.forward_passes == len(samples.history)
-    assert samples.forward_passes <= (9 if order in ("first_hitting", "threshold") else steps)
+    assert samples.forward_passes <= (9 if order in IGNORES_STEPS else steps)
 
 
 @pytest.mark.parametrize("order", ["confidence", "entropy", "margin"])
@@ -48,9 +52,10 @@ def test_greedy_orders_reveal_the_same_number_of_positions_each_step(diffusion, 
         assert [reveal.rows.count(sample) for reveal in samples.history] == sizes
 
 
-def test_the_history_rebuilds_the_sample(diffusion):
-    model, tokenizer = diffusion
-    samples = generate(model, tokenizer, prompt="a", length=12, steps=5, num_samples=2, return_history=True)
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_history_rebuilds_the_sample(diffusion, order):
+    options = dict(prompt="a", length=12, steps=5, num_samples=2, order=order, remask=0.5)
+    samples = generate(*diffusion, **options, return_history=True)
     canvas = torch.full_like(samples.tokens, -1)
     for reveal in samples.history:
         canvas[reveal.rows, reveal.positions] = torch.tensor(reveal.tokens)
@@ -64,6 +69,41 @@ def test_logits_that_are_not_finite_are_an_error(value, temperature):
     model.transformer.ln_f.bias.data[0] = value
     with pytest.raises(ValueError, match="the model's logits are not finite"):
         generate(model, tokenizer, length=4, temperature=temperature, precision="fp32")
+
+
+def plain(model, tokenizer, length, steps, order, block_length, seed=0):
+    """The orders random and confidence for a single text, without padding, filters or chunks."""
+    draws = seeded(seed, 0, "generate")
+    unused = unused_ids(tokenizer, model.config.vocab_size)
+    canvas = torch.tensor([[tokenizer.bos_token_id] + [model.config.mask_token_id] * length])
+    per_block = steps // math.ceil(length / block_length)
+    plan = torch.randint(per_block, (length + 1,), generator=draws) if order == "random" else None
+    for start in range(1, length + 1, block_length):
+        block = range(start, min(start + block_length, length + 1))
+        for step in range(per_block):
+            holes = [i for i in block if canvas[0, i] == model.config.mask_token_id]
+            with torch.no_grad():
+                logits = model(canvas).logits[0]
+            logits[:, [model.config.mask_token_id, *unused]] = -math.inf
+            if order == "random":
+                chosen = [i for i in holes if plan[i] == step]
+            else:
+                surest = sorted(holes, key=lambda i: -float(logits[i - 1].softmax(-1).max()))
+                chosen = surest[: math.ceil(len(holes) / (per_block - step))]
+            p = logits[[i - 1 for i in chosen]].double().softmax(-1).cumsum(-1)
+            chance = torch.rand(len(chosen), 1, generator=draws, dtype=torch.float64) if chosen else torch.empty(0, 1)
+            for i, cumulative, u in zip(chosen, p, chance, strict=True):
+                canvas[0, i] = int((cumulative <= u * cumulative[-1]).sum())
+    return canvas
+
+
+@pytest.mark.parametrize("order", ["random", "confidence"])
+@pytest.mark.parametrize("steps, block_length", [(6, 20), (20, 20), (9, 7)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_orders_give_the_text_of_a_plain_implementation(diffusion, order, steps, block_length, seed):
+    options = dict(length=20, steps=steps, order=order, block_length=block_length, seed=seed)
+    ours = generate(*diffusion, **options, precision="fp32").tokens
+    assert torch.equal(ours, plain(*diffusion, **options))
 
 
 def test_same_seed_same_sample_and_zero_temperature_ignores_the_seed_of_tokens(diffusion):
@@ -191,6 +231,90 @@ def test_few_steps_are_not_the_any_order_distribution(small):
     assert distance(small, distribution(small, any_order), order="random", steps=1) > 2
 
 
+def remasked(conditionals, mask, steps, remask):
+    """The distribution of the texts at the end of the chain that `Remasking` states, by enumeration."""
+    mass = {state: float(set(state) == {mask}) for state in conditionals}
+    for k in range(1, steps + 1):
+        before, after = (k - 1) / steps, k / steps
+        hide = min(remask, (1 - after) / before) if before else 0.0
+        reveal = (after - (1 - hide) * before) / (1 - before)
+        following = 0.0
+        for state, weight in mass.items():
+            moves = [  # of each place: the probabilities of [MASK] and of the words
+                [1 - reveal, *(reveal * q for q in p)]
+                if token == mask
+                else [hide, *((1 - hide) * (token == word) for word in WORDS)]
+                for token, p in zip(state, conditionals[state], strict=True)
+            ]
+            following = following + weight * functools.reduce(np.multiply.outer, moves)
+        mass = dict(zip(itertools.product((mask, *WORDS), repeat=following.ndim), following.flat, strict=True))
+    return mass
+
+
+def test_remasking_samples_the_chain_that_it_states(small):
+    model, _, conditionals = small
+    intended, random = (remasked(conditionals, model.config.mask_token_id, 4, remask) for remask in (1.0, 0.0))
+    assert distance(small, intended, order="remasking", steps=4, remask=1.0) < 1.4
+    assert distance(small, random, order="remasking", steps=4, remask=1.0) > 2
+
+
+def test_remasking_in_blocks_samples_the_chain_in_each_block(small):
+    model, _, conditionals = small
+    mask, steps, remask = model.config.mask_token_id, 3, 0.5
+    intended = Counter()
+    first = {state[:2]: p[:2] for state, p in conditionals.items() if state[2:] == (mask, mask)}
+    for left, weight in remasked(first, mask, steps, remask).items():
+        second = {state[2:]: p[2:] for state, p in conditionals.items() if state[:2] == left}
+        for right, chance in remasked(second, mask, steps, remask).items():
+            intended[left + right] += weight * chance
+    assert distance(small, intended, order="remasking", steps=2 * steps, remask=remask, block_length=2) < 1.4
+
+
+def perfect(joint, mask=0):
+    """The conditionals of a denoiser that knows the distribution of the texts, `{text: probability}`."""
+    conditionals = {}
+    for state in itertools.product((mask, *WORDS), repeat=len(next(iter(joint)))):
+        posterior = {x: p for x, p in joint.items() if all(a in (mask, b) for a, b in zip(state, x, strict=True))}
+        conditionals[state] = [
+            [sum(p for x, p in posterior.items() if x[i] == word) / sum(posterior.values()) for word in WORDS]
+            for i in range(len(state))
+        ]
+    return conditionals
+
+
+def variation(p, q):
+    return 0.5 * sum(abs(p[text] - q[text]) for text in q)
+
+
+def test_remasking_with_a_perfect_denoiser_is_exact_for_independent_tokens():
+    a, b = [0.7, 0.2, 0.1], [0.1, 0.3, 0.6]
+    joint = {(v, w): a[v - 1] * b[w - 1] for v in WORDS for w in WORDS}
+    for steps, remask in ((2, 0.5), (5, 0.3), (5, 1.0)):
+        assert variation(remasked(perfect(joint), 0, steps, remask), joint) < 1e-12
+
+
+def test_remasking_with_a_perfect_denoiser_is_exact_in_the_limit_of_many_steps():
+    chances = np.random.default_rng(0).dirichlet(np.full(9, 0.3))
+    joint = dict(zip(itertools.product(WORDS, repeat=2), chances, strict=True))
+    errors = [variation(remasked(perfect(joint), 0, steps, 4 / steps), joint) for steps in (16, 32, 64, 128)]
+    assert all(half < 0.6 * error for error, half in itertools.pairwise(errors)) and errors[-1] < 0.01
+
+
+def test_remasking_hides_tokens_as_the_forward_process_does(diffusion):
+    """After k of `steps` steps a fraction 1 - k / steps of the positions is masked, however much is hidden again."""
+    steps, turns = 8, {}
+    chooser = Remasking(
+        Settings(torch.zeros(500, 40, dtype=torch.long), steps, 0.9, 0.4, torch.Generator().manual_seed(0))
+    )
+    holes = torch.ones(500, 40, dtype=torch.bool)
+    while (turn := chooser.turn(holes)) is not None:
+        turns[turn.step] = turn.holes
+        holes = turn.holes & ~turn.candidates
+    assert not holes.any()
+    for step, masked in turns.items():
+        assert masked.float().mean() == pytest.approx(1 - step / steps, abs=0.015)
+
+
 # ----------------------------------------------------------------------------------------- what can be asked for
 @pytest.mark.parametrize("order", ORDERS)
 def test_several_gaps_are_filled_and_what_is_given_stays(diffusion, order):
@@ -201,7 +325,8 @@ def test_several_gaps_are_filled_and_what_is_given_stays(diffusion, order):
         assert re.fullmatch(r"Return the.*of an array.*along the axis.*", text, re.DOTALL)
         given = [len(encode(tokenizer, [part])[0]) if isinstance(part, str) else part for part in parts]
         assert len(tokens) == 1 + sum(given)
-    assert sum(len(reveal.tokens) for reveal in samples.history) == 2 * (3 + 4 + 2)
+    seen = {place for reveal in samples.history for place in zip(reveal.rows, reveal.positions, strict=True)}
+    assert len(seen) == 2 * (3 + 4 + 2)  # what is given is never masked
 
 
 def test_token_ids_stand_for_the_text_they_spell(diffusion):
@@ -232,10 +357,8 @@ def test_blocks_are_filled_from_left_to_right(diffusion):
     for order in ORDERS:
         samples = generate(*diffusion, prompt="a", length=12, order=order, block_length=4, return_history=True)
         seen = [p for reveal in samples.history for p in reveal.positions]
-        first = min(seen)
-        assert [sorted(seen[i : i + 4]) for i in (0, 4, 8)] == [
-            list(range(first + i, first + i + 4)) for i in (0, 4, 8)
-        ]
+        blocks = [(position - min(seen)) // 4 for position in seen]
+        assert blocks == sorted(blocks) and set(seen) == set(range(min(seen), min(seen) + 12))
 
 
 def only(model, tokenizer, token_id):
@@ -343,6 +466,9 @@ def test_steps_that_reveal_nothing_cost_nothing(diffusion):
         (dict(threshold=1.5), "threshold"),
         (dict(block_length=1, length=9, steps=4), "too few for 9 blocks"),
         (dict(repetition_penalty=0), "repetition_penalty"),
+        (dict(remask=0), "remask must be above 0"),
+        (dict(order="remasking", stop_at_end=True), "leave stop_at_end and expected out"),
+        (dict(order="remasking", expected=[[0, 1, 2, 3, 4]]), "leave stop_at_end and expected out"),
         (dict(top_p=0), "top_p"),
         (dict(top_k=0), "top_k"),
         (dict(length=100), "length 101 is more than the model's 64 positions"),

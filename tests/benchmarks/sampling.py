@@ -1,36 +1,47 @@
-"""What a text costs in each order, at GPT-2's size and vocabulary (random weights), and beside a plain sampler.
+"""What sampling costs and what its text is worth: a plain sampler, a cache for blocks, several tokens a pass.
 
 The plain sampler does what public ones do: at every step the logits of every position, a sort of the whole
-vocabulary for top-p, a draw everywhere, and then most of it is thrown away.
+vocabulary for top-p, a draw everywhere, and then most of it is thrown away. Quality is that of `tiny-diffugpt`
+continuing test documents, judged by the AR model that it was made from; GPT-2's shape has random weights.
 """
 
 from __future__ import annotations
 
-import statistics
+import math
 import time
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from dalm_utils import as_diffusion, generate
+from dalm_utils import as_diffusion, generate, load_base, load_corpus, load_diffusion
+from dalm_utils.evaluation import stack
 from dalm_utils.machine import autocast
-from dalm_utils.sampling import ORDERS
+from dalm_utils.quality import infilling, text_quality
 from tests.benchmarks import finish, in_turns, machine, options
+
+BLOCK, PROMPT = 32, 32
+TEXT = dict(order="confidence", block_length=BLOCK, temperature=0.8, repetition_penalty=1.2)
+WAYS = {
+    "one token a pass": TEXT,
+    "the same, cached": TEXT | dict(cache=True),
+    "threshold 0.9, cached": TEXT | dict(cache=True, order="threshold", threshold=0.9),
+}
 
 
 class Trunk:
-    """Counts and times the calls of a model's trunk."""
+    """Times the calls of a model's trunk."""
 
     def __init__(self, model):
-        self.passes, self.seconds = 0, 0.0
+        self.seconds = 0.0
         forward = model.base_model.forward
 
         def timed(*inputs, **named):
             begun = time.perf_counter()
             output = forward(*inputs, **named)
-            self.passes, self.seconds = self.passes + 1, self.seconds + time.perf_counter() - begun
+            self.seconds += time.perf_counter() - begun
             return output
 
         model.base_model.forward = timed
@@ -65,34 +76,88 @@ def gpt2() -> tuple:
     return as_diffusion(model, tokenizer)
 
 
+def against_plain(model, tokenizer, length: int, steps: int, rounds: int) -> dict[str, float]:
+    """The random order against the plain sampler, and how much of its time is the trunk's."""
+    trunk, inside = Trunk(model), []
+
+    def ours():
+        trunk.seconds = 0.0
+        generate(model, tokenizer, length=length - 1, steps=steps, top_p=0.9)
+        inside.append(trunk.seconds)
+
+    ways = {"plain": lambda: plain(model, length - 1, steps, 0.9), "random": ours}
+    seconds = in_turns(ways, rounds)
+    share = sorted(inside[1:])[rounds // 2] / seconds["random"]
+    print(f"| GPT-2, length {length}, {steps} steps, top-p 0.9 | {seconds['plain']:.1f} | {seconds['random']:.1f} | "
+          f"{seconds['plain'] / seconds['random']:.1f} | {share:.0%} |")  # fmt: skip
+    return {"trunk_share": share, "speedup_vs_plain": seconds["plain"] / seconds["random"]}
+
+
+def cached_speedup(name: str, model, tokenizer, length: int, count: int, rounds: int) -> float:
+    """How many times faster the last `count` tokens of a text of `length` are generated with a cache."""
+    given = torch.arange(10, 10 + length - 1 - count)
+
+    def sample(cache: bool):
+        generate(model, tokenizer, parts=[given, count], **TEXT, cache=cache)
+
+    seconds = in_turns({"full": lambda: sample(False), "cached": lambda: sample(True)}, rounds)
+    ratio = seconds["full"] / seconds["cached"]
+    full, cached = (1000 * seconds[way] / count for way in ("full", "cached"))
+    print(f"| {name} | {length} | {full:.1f} | {cached:.1f} | {ratio:.1f} |", flush=True)
+    return ratio
+
+
+def judged(judge, tokenizer, tokens: torch.Tensor) -> str:
+    """Perplexity, entropy and repetition of texts `[N, L]` with their standard errors, as columns of a table."""
+    rows = [text_quality(judge, tokenizer, row[None]) for row in tokens]
+
+    def mean(values) -> tuple[float, float]:
+        return float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(rows))
+
+    nll, error = mean([math.log(row.perplexity) for row in rows])
+    columns = [(math.exp(nll), math.exp(nll) * error)]
+    columns += [mean([getattr(row, name) for row in rows]) for name in ("entropy", "repetition")]
+    digits = (1, 2, 3)
+    return " | ".join(f"{m:.{d}f} +- {e:.{d}f}" for (m, e), d in zip(columns, digits, strict=True))
+
+
+def quality(pair, judge, blocks: torch.Tensor, ways: dict[str, dict]) -> dict[str, float]:
+    """A row for each way to continue the first tokens of blocks `[N, L]`; returns the tokens that a pass reveals."""
+    model, tokenizer = pair
+    count, tokens_per_pass = blocks.shape[1] - 1 - PROMPT, {}
+    parts = [[row[1 : 1 + PROMPT], count] for row in blocks]
+    for name, how in ways.items():
+        begun = time.perf_counter()
+        samples = generate(model, tokenizer, parts=parts, **how, seed=5, return_history=True)
+        seconds = time.perf_counter() - begun
+        passes = sum(len(set(reveal.rows)) for reveal in samples.history)  # of all texts
+        tokens_per_pass[name] = count * len(blocks) / passes
+        gap = {key: value for key, value in how.items() if key not in ("steps", "temperature", "repetition_penalty")}
+        restored = infilling(model, tokenizer, blocks, **gap)
+        match = f"{restored.mean['token_match']:.3f} +- {restored.stderr['token_match']:.3f}"
+        print(f"| {name} | {passes / len(blocks):.0f} | {tokens_per_pass[name]:.2f} | {seconds:.0f} | "
+              f"{judged(judge, tokenizer, samples.tokens)} | {match} |", flush=True)  # fmt: skip
+    return tokens_per_pass
+
+
 def main() -> None:
-    asked = options(__doc__.splitlines()[0], length=256, steps=64, rounds=1)
-    model, tokenizer = gpt2()
-    trunk = Trunk(model)
-    spent: dict[str, list[tuple[int, float]]] = {}
+    asked = options(__doc__.splitlines()[0], length=256, steps=16, count=32, texts=64, text_length=128, rounds=2)
+    print(f"{machine()}\n\n| | plain, s | ours, s | times faster | of it in the trunk |\n|---|---|---|---|---|")
+    large, small = gpt2(), load_diffusion("tiny-diffugpt")
+    figures = against_plain(*gpt2(), asked.length, asked.steps, asked.rounds)
 
-    def timed(name: str, do) -> None:
-        trunk.passes, trunk.seconds = 0, 0.0
-        do()
-        spent.setdefault(name, []).append((trunk.passes, trunk.seconds))
+    print("\n| | length | ms a pass, full | ms a pass, cached | times faster |\n|---|---|---|---|---|")
+    speed = dict(rounds=asked.rounds)
+    figures["cache_speedup"] = cached_speedup("tiny-diffugpt", *small, asked.length, 4 * asked.count, **speed)
+    figures["cache_speedup_gpt2"] = cached_speedup("GPT-2", *large, asked.length, asked.count, **speed)
+    figures["cache_speedup_gpt2_512"] = cached_speedup("GPT-2", *large, 2 * asked.length, asked.count, **speed)
 
-    def ours(order: str):
-        return generate(model, tokenizer, length=asked.length - 1, steps=asked.steps, order=order, top_p=0.9)
-
-    ways = {"plain": lambda: timed("plain", lambda: plain(model, asked.length - 1, asked.steps, 0.9))}
-    ways |= {order: (lambda order=order: timed(order, lambda: ours(order))) for order in ORDERS}
-    seconds = in_turns(ways, asked.rounds)
-
-    print(f"{machine()}\nGPT-2 124M, length {asked.length}, {asked.steps} steps, top-p 0.9, one text\n")
-    print("| order | forward passes | seconds | outside the trunk | share |\n|---|---|---|---|---|")
-    inside = {name: statistics.median(trunk for _, trunk in turns[1:]) for name, turns in spent.items()}
-    for name, whole in seconds.items():
-        outside = whole - inside[name]
-        print(f"| {name} | {spent[name][0][0]} | {whole:.1f} | {outside:.1f} | {outside / whole:.0%} |")
-    figures = {
-        "trunk_share": inside["random"] / seconds["random"],
-        "speedup_vs_plain": seconds["plain"] / seconds["random"],
-    }
+    columns = ("passes a text", "tokens a pass", "s", "perplexity", "entropy", "repetition", "token match of infilling")
+    print(f"\n| tiny-diffugpt, length {asked.text_length} | {' | '.join(columns)} |\n|{'---|' * (1 + len(columns))}")
+    judge, tokenizer = load_base("tiny-gpt2")
+    blocks = stack(load_corpus("docstrings", tokenizer).blocks("test", asked.text_length, asked.texts))
+    print(f"| held-out text | | | | {judged(judge, tokenizer, blocks)} | |")
+    figures["tokens_per_pass"] = list(quality(small, judge, blocks, WAYS).values())[-1]
     finish(figures, asked.json)
 
 
