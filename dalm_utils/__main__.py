@@ -155,8 +155,16 @@ def _log_line(record: dict) -> str:
     if "event" in record:
         parts.append(record["event"])
     if "eta" in record:
-        parts.append(f"{datetime.timedelta(seconds=record['eta'])} to go")
+        parts.append(f"{_duration(record['eta'])} to go")
     return "  ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    """Days, hours, minutes and seconds, as far as they can be written."""
+    try:
+        return str(datetime.timedelta(seconds=seconds))
+    except OverflowError:
+        return "millions of years"
 
 
 # ----------------------------------------------------------------------------------------------- status
@@ -215,26 +223,33 @@ def _add_sample(commands) -> None:
     command.add_argument("model", help="a folder or shipped name, e.g. checkpoints/runs/gpt2-laptop/best")
     command.add_argument("--prompt", help="text before the gap")
     command.add_argument("--suffix", help="text after the gap")
-    command.add_argument("--length", type=int, default=64, help="tokens to generate")
+    command.add_argument("--length", type=int, default=64, help="tokens to generate (default: 64)")
     command.add_argument("--steps", type=int, help="denoising steps; by default one for each token")
     command.add_argument(
-        "--order", default="confidence", help="random, first_hitting, remasking, confidence, entropy, margin, threshold"
-    )
+        "--order", default="confidence",
+        help="random, first_hitting, remasking, confidence (the default), entropy, margin, or threshold",
+    )  # fmt: skip
     command.add_argument("--threshold", type=float, default=0.9, help="the probability that --order threshold asks for")
     command.add_argument(
         "--remask", type=float, default=0.05, help="the probability that --order remasking hides a token again"
     )
     command.add_argument(
-        "--block-length", type=int, default=32, metavar="N", help="generate from left to right in blocks of N tokens"
+        "--block-length",
+        type=int,
+        default=32,
+        metavar="N",
+        help="generate from left to right in blocks of N tokens (default: 32)",
     )
     command.add_argument(
         "--cache", action="store_true", help="compute only the block in work: faster, an approximation"
     )
     command.add_argument("--refresh", type=int, metavar="N", help="with --cache: compute everything at every Nth pass")
-    command.add_argument("--temperature", type=float, default=0.8, help="0 takes the most probable token")
-    command.add_argument("--top-p", type=float)
-    command.add_argument("--top-k", type=int)
-    command.add_argument("--repetition-penalty", type=float, default=1.2, help="1 is none")
+    command.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the most probable token (default: 0.8)"
+    )
+    command.add_argument("--top-p", type=float, help="sample from the fewest tokens with this probability together")
+    command.add_argument("--top-k", type=int, help="sample from this many most probable tokens")
+    command.add_argument("--repetition-penalty", type=float, default=1.2, help="1 is none (default: 1.2)")
     command.add_argument("--stop-at-end", action="store_true", help="stop where the model ends the document")
     command.add_argument("--num", type=int, default=1, help="samples to generate")
     command.add_argument("--seed", type=int, default=0)
@@ -402,8 +417,9 @@ def _quality_figures(model, tokenizer, blocks, judge, options) -> dict:
     held_out = blocks[: options.quality]
     figures = {"judge": options.judge}
     for name, tokens in (("written", written), ("held_out", held_out)):
-        quality = vars(text_quality(judge, tokenizer, tokens))
-        figures |= {f"{name}_{measure}": value for measure, value in quality.items()}
+        quality = text_quality(judge, tokenizer, tokens)
+        for measure, error in quality.stderr.items():
+            figures |= {f"{name}_{measure}": getattr(quality, measure), f"{name}_{measure}_stderr": error}
     return figures
 
 

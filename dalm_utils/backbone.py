@@ -60,7 +60,8 @@ def load_base(
         FileNotFoundError: the name is found nowhere, or without safetensors or a tokenizer; the message says what was
             tried and what else works. A hub that does not answer is given up after `PATIENCE` seconds.
         ValueError: an unknown hub, a revision of something local, a device of another kind than cpu and cuda, a
-            tokenizer without a backend in Rust, or files that transformers cannot load.
+            tokenizer without a backend in Rust, files that transformers cannot load, or weights that are missing or not
+            finite.
         RuntimeError: a CUDA device that is not there.
     """
     target = pick_device(device or "cpu")
@@ -76,7 +77,13 @@ def load_base(
     with _naming(place):
         config = AutoConfig.from_pretrained(**source)
         tokenizer = _tokenizer_of(source, config)
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, **weights)
+        model, report = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, output_loading_info=True, **weights)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{place} lacks weights of a {type(model).__name__} ({len(missing)} in all, the first is {missing[0]}): "
+            "its config.json is that of another model, or it is no causal language model"
+        )
+    check_finite(model)
     return fuse_gelu(model).to(target).eval(), tokenizer
 
 
@@ -202,6 +209,13 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------ guards
+def check_finite(model: nn.Module) -> None:
+    """Raise ValueError if a weight of a model is infinite or NaN."""
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"the weights {name} of the model are not finite; load it again from a whole copy")
+
+
 def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
     """Raise ValueError unless a model can take `length` tokens of a tokenizer, each seen from everywhere."""
     pick_device(model.device)
@@ -231,7 +245,8 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 def max_length(model: PreTrainedModel) -> int:
     """The most tokens of which a model sees every one from everywhere: its positions, or its attention window."""
     positions = getattr(model.config, "max_position_embeddings", None)
-    return min(limit for limit in (positions, _attention_window(model.config), sys.maxsize) if limit)
+    limits = (positions, _attention_window(model.config), sys.maxsize)
+    return min(limit for limit in limits if limit and limit > 0)  # a config may say "no limit" by None, 0 or -1
 
 
 def _attention_window(config: transformers.PretrainedConfig) -> int | None:
@@ -241,7 +256,7 @@ def _attention_window(config: transformers.PretrainedConfig) -> int | None:
     if layers and set(layers) <= {"full_attention", "global"}:
         return None
     limits = [getattr(config, name, None) for name in WINDOWS if getattr(config, f"use_{name}", True)]
-    return min((limit for limit in limits if limit), default=None)
+    return min((limit for limit in limits if limit and limit > 0), default=None)
 
 
 # ------------------------------------------------------------------------------------------- adaptation

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
@@ -96,6 +97,16 @@ def write_file(path: Path, text: str) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def require_writable(folder: Path, remedy: str = "") -> None:
+    """Make a folder if it is missing. Raises OSError, with the remedy, if no file can be created in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written ({error.strerror}){remedy}") from error
 
 
 def sync(*paths: Path) -> None:
@@ -219,10 +230,11 @@ class RunFolder:
                 or not a run's.
             FileNotFoundError: the folder has checkpoints, but no config.json.
             FileExistsError: a file that the run would replace is not a run's.
+            OSError: the folder cannot be written.
         """
         if resume not in ("auto", "never"):
             raise ValueError(f"resume must be auto or never, got {resume!r}")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        require_writable(self.path.parent, "; `runs`, or DALM_RUNS in the environment, names another folder")
         try:
             self._lock.acquire(timeout=LOCK_WAIT)
         except filelock.Timeout:
@@ -231,6 +243,8 @@ class RunFolder:
                 "or give this one another `name`"
             ) from None
         try:
+            if self.path.is_dir():
+                require_writable(self.path, "; give this run another `name`, or change the folder's permissions")
             self._recover()
             if resume == "never" and self._is_run():
                 self.path.rename(_free(self.path, "old"))

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .checkpoint import write_whole
+from .checkpoint import require_writable, write_whole
 from .config import cache_folder
 from .documents import (
     BY_WORDS,
@@ -177,13 +177,14 @@ def load_corpus(
     Raises:
         ValueError: a source without a document, or with more unreadable ones than `SKIP_LIMIT`.
         FileNotFoundError, ConnectionError: no such source, or a hub that does not give it.
+        OSError: the cache cannot be written.
     """
     facts = {"version": VERSION, "source": identify(source, field), "tokenizer": tokenizer_digest(tokenizer)}
     facts["fingerprint"] = digest(json.dumps(facts, sort_keys=True))[:12]
     cache = Path(cache or cache_folder())
     folder = cache / f"{short_name(source)}-{facts['fingerprint']}"
     if not _is_whole(folder):
-        cache.mkdir(parents=True, exist_ok=True)
+        require_writable(cache, ", where prepared texts are kept; DALM_CACHE names another folder")
         with _alone(folder):
             if not _is_whole(folder):  # another process may have made it meanwhile
                 write_whole(folder, lambda place: _write(place, source, field, tokenizer, facts))

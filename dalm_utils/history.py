@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,4 +117,12 @@ def _parse(line: bytes) -> dict | None:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and "step" in record else None
+    is_record = isinstance(record, dict) and type(record.get("step")) is int
+    return record if is_record and all(_fits(key, value) for key, value in record.items()) else None
+
+
+def _fits(key: str, value) -> bool:
+    """Whether a record may hold this value: a finite number, a text where one belongs, or None."""
+    if value is None or key in ("event", "sample"):
+        return value is None or isinstance(value, str)
+    return isinstance(value, int | float) and math.isfinite(value)

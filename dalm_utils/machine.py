@@ -36,7 +36,13 @@ def pick_device(device: str | torch.device | None = "auto") -> torch.device:
 
 
 def pick_precision(precision: str, device: torch.device) -> str:
-    """What `auto` means on this device: bf16 where it is fast in hardware, else fp16 on CUDA, else fp32."""
+    """What `auto` means on this device: bf16 where it is fast in hardware, else fp16 on CUDA, else fp32.
+
+    Raises:
+        ValueError: an unknown precision, or fp16 on a CPU.
+    """
+    if precision != "auto" and precision not in DTYPES:
+        raise ValueError(f"no precision {precision!r}; choose one of auto, {', '.join(DTYPES)}")
     if precision == "auto" and device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
     if precision == "auto":

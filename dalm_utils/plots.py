@@ -285,10 +285,10 @@ def _once(axis) -> tuple[list, list]:
 
 # ------------------------------------------------------------------------------------------------- samples
 def quality_vs_passes(rows: list[dict], ar: dict, real: dict) -> None:
-    """Perplexity under the AR judge beside diversity, against forward passes.
+    """Perplexity under the AR judge beside diversity, with their standard errors, against forward passes.
 
     Args:
-        rows: dictionaries with order, passes, perplexity, entropy and repetition.
+        rows: dictionaries with order, passes, and the fields of `TextQuality`.
         ar: the same (without order) for what the AR model wrote: a star.
         real: the three figures of real text: a line.
     """
@@ -301,8 +301,9 @@ def quality_vs_passes(rows: list[dict], ar: dict, real: dict) -> None:
     figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.8))
     for axis, (key, title) in zip(axes, panels.items(), strict=True):
         for order, color in zip(dict.fromkeys(row["order"] for row in rows), cycle(COLORS), strict=False):
-            points = sorted((row["passes"], row[key]) for row in rows if row["order"] == order)
-            axis.plot(*zip(*points, strict=True), "o-", color=color, ms=4, label=order)
+            points = sorted((row["passes"], row[key], row["stderr"][key]) for row in rows if row["order"] == order)
+            passes, means, errors = zip(*points, strict=True)
+            axis.errorbar(passes, means, yerr=errors, fmt="o-", color=color, ms=4, lw=1.2, capsize=2, label=order)
         axis.plot(ar["passes"], ar[key], "*", color="black", ms=12, label="the AR model")
         axis.axhline(real[key], color="black", linestyle=":", label="real text")
         axis.set(xlabel="forward passes", title=title, xscale="log")

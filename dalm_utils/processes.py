@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import gc
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -92,11 +93,20 @@ def on_main(accelerator: Accelerator, do: Callable):
         except Exception as error:
             if accelerator.num_processes == 1:
                 raise
-            outcome[1] = error
+            outcome[1] = _portable(error)
     broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or its words in a RuntimeError where it cannot be sent: the others would wait for it for ever."""
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:  # whatever its class does when it is copied
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:

@@ -33,6 +33,7 @@ class TextQuality:
     entropy: float  # of a sample's unigram distribution in nats, mean over samples
     distinct_2: float  # distinct pairs of adjacent tokens / all pairs, mean over samples
     repetition: float  # fraction of tokens that occur among the 16 before them, mean over samples
+    stderr: dict[str, float]  # the standard error of each, over samples
 
 
 def text_quality(judge: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Tensor) -> TextQuality:
@@ -47,12 +48,16 @@ def text_quality(judge: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tok
     if tokens.shape[1] < 3:
         raise ValueError(f"text quality needs at least 3 positions, the begin token among them, got {tokens.shape[1]}")
     rows = tokens[:, 1:].tolist()
-    return TextQuality(
-        perplexity=ar_nll(judge, tokenizer, tokens).perplexity,
-        entropy=float(np.mean([_entropy(row) for row in rows])),
-        distinct_2=float(np.mean([len(set(itertools.pairwise(row))) / (len(row) - 1) for row in rows])),
-        repetition=float(np.mean([[t in row[max(0, i - 16) : i] for i, t in enumerate(row)] for row in rows])),
-    )
+    nll = ar_nll(judge, tokenizer, tokens)
+    diversity: dict[str, list[float]] = {
+        "entropy": [_entropy(row) for row in rows],
+        "distinct_2": [len(set(itertools.pairwise(row))) / (len(row) - 1) for row in rows],
+        "repetition": [sum(t in row[max(0, i - 16) : i] for i, t in enumerate(row)) / len(row) for row in rows],
+    }
+    means = {name: float(np.mean(values)) for name, values in diversity.items()}
+    errors = {name: standard_error(np.array(values)) for name, values in diversity.items()}
+    errors["perplexity"] = nll.perplexity * nll.stderr
+    return TextQuality(nll.perplexity, means["entropy"], means["distinct_2"], means["repetition"], errors)
 
 
 def _entropy(row: list[int]) -> float:

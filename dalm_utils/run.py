@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .backbone import as_diffusion, check_fits, load_base, randomize, save_diffusion
+from .backbone import as_diffusion, check_finite, check_fits, load_base, randomize, save_diffusion
 from .checkpoint import RunFolder
 from .config import FREE_FIELDS, RunConfig
 from .distillation import fit_teacher_weight
@@ -118,7 +118,10 @@ class Run:
             self.train_step = TrainStep(self.task, config, accelerator, self.precision, teacher)
             self._restore(newest)
             if newest is None and teacher is not None and config.distill_fit:
-                self.distill = fit_teacher_weight(teacher, self.task.train, self.task.held_out, config.distill)
+                self.distill = on_main(  # all processes must have the same weight
+                    accelerator,
+                    lambda: fit_teacher_weight(teacher, self.task.train, self.task.held_out, config.distill),
+                )
             self._announce(newest)
         except BaseException:
             self.close()
@@ -227,7 +230,9 @@ class Run:
             self._record(record)
         if self.is_done and self.step < self.total:
             self._record({"event": f"finished: no better {self.task.metric.upper()} in {self.stale} evaluations"})
-        if self.is_done or (save and self.watch.is_calm(self._saturated())):
+        if self.is_done:
+            self._write_checkpoint()  # its weights are sound, or the run would have rolled back above
+        elif save and self.watch.is_calm(self._saturated()):
             self._save_if_sound()
         return bool(record)
 
@@ -415,9 +420,7 @@ class Run:
 def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
     """Raise ValueError if model, tokenizer and config do not belong together."""
     check_fits(model, tokenizer, config.length)
-    for name, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"the weights {name} of the model are not finite; load it again from a whole copy")
+    check_finite(model)
 
 
 def saves_in_background(accelerator: Accelerator) -> bool:

@@ -159,6 +159,8 @@ def draw(
     logits: Tensor, temperature: float, top_p: float | None, top_k: int | None, generator: torch.Generator
 ) -> Tensor:
     """One token for each row of logits `[M, V]`, drawn in float64: `[M]` on the CPU."""
+    if not torch.isfinite(logits.amax(-1)).all():
+        raise ValueError("the model's logits are not finite: its weights are damaged, or it needs precision='fp32'")
     if temperature == 0:
         return logits.argmax(-1).cpu()
     weights = (logits.double() / temperature).softmax(-1)

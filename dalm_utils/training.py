@@ -119,9 +119,9 @@ def _drive(runs: dict[str, Run], report: Callable[[], None] | None) -> None:
             report()  # a finished run shows its curve again
         rounds, stopped = 0, False
         while not stopped and (active := [run for run in runs.values() if not run.is_done]):
-            recorded = [run.advance() for run in active]
+            recorded = _advance(active)
             rounds += 1
-            if any(recorded):
+            if recorded:
                 report()
             show()
             # Several processes agree about it now and then: at the same rounds on each, whichever runs are done.
@@ -147,6 +147,20 @@ def _drive(runs: dict[str, Run], report: Callable[[], None] | None) -> None:
             print(f"stopped at step {first.step} of {first.total}; run it again to resume there", file=sys.stderr)
 
 
+def _advance(runs: list[Run]) -> bool:
+    """A step of each run, and whether any recorded something. A run that is given up ends all, the others saved."""
+    recorded = False
+    for run in runs:
+        try:
+            recorded |= run.advance()
+        except Unstable:
+            for other in runs:
+                if other is not run:
+                    other.save()
+            raise
+    return recorded
+
+
 @contextlib.contextmanager
 def _progress_bar(runs: dict[str, Run]) -> Iterator[Callable[[], None]]:
     """A bar on the main process, and the function that brings it up to date."""
@@ -159,7 +173,8 @@ def _progress_bar(runs: dict[str, Run]) -> Iterator[Callable[[], None]]:
 
     def show() -> None:
         bar.update(first.step - bar.n)  # backwards, when the run rolls back
-        figures = {key: f"{value:.3f}" for key in ("loss", "nelbo") if (value := first.history.last(key))}
+        latest = {key: first.history.last(key) for key in ("loss", first.task.metric)}
+        figures = {key: f"{value:.3f}" for key, value in latest.items() if value is not None}
         bar.set_postfix(figures, refresh=False)
 
     with bar:

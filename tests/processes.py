@@ -21,7 +21,7 @@ import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed import TCPStore
 
-from dalm_utils import save_diffusion, train, training
+from dalm_utils import run, save_diffusion, train, training
 from dalm_utils.history import History
 from tests.helpers import PATIENCE, tiny_config, tiny_diffusion
 
@@ -107,6 +107,8 @@ def train_tiny(folder: Path, changes: dict, environment: dict | None, on_log: Ca
     messages = (folder / f"messages-{os.environ.get('RANK', '0')}").open("a", buffering=1)
     sys.stdout = sys.stderr = messages
     faulthandler.enable(messages)  # where it hangs, if it is aborted for that
+    if "WRITE_IN_BACKGROUND" in os.environ:  # as on a GPU
+        run.saves_in_background = lambda accelerator: True
     if "ACCELERATE_USE_FSDP" in os.environ and os.environ["ACCELERATE_USE_CPU"] == "true":
         allow_fsdp_on_cpus()
     model, tokenizer = tiny_diffusion()

@@ -1,4 +1,5 @@
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -238,8 +239,11 @@ def test_a_window_that_no_layer_uses_limits_nothing(kind, changes, monkeypatch):
         (GPTNeoConfig(window_size=12, attention_types=[[["global"], 4]], num_layers=4), 2048),
         (MistralConfig(sliding_window=12, max_position_embeddings=8), 8),
         (MistralConfig(sliding_window=None, max_position_embeddings=64), 64),
+        (MistralConfig(sliding_window=-1, max_position_embeddings=64), 64),
+        (MistralConfig(sliding_window=12, max_position_embeddings=-1), 12),
+        (MistralConfig(sliding_window=None, max_position_embeddings=0), sys.maxsize),
     ],
-    ids=["chunks", "local layers", "global layers", "fewer positions", "no window"],
+    ids=["chunks", "local layers", "global layers", "fewer positions", "no window", "-1", "positions -1", "no limit"],
 )
 def test_the_length_that_a_model_sees_is_read_from_its_config(config, room):
     assert max_length(SimpleNamespace(config=config)) == room
@@ -450,6 +454,37 @@ def test_generation_of_plain_transformers_gives_no_mask(tmp_path, adapted):
     assert mask_id in plain.generate(tokens, **options, suppress_tokens=None)
 
 
+@torch.no_grad()
+def sample_as_transformers(folder, prompts=64, length=24):
+    """Tokens `[prompts, length]` of a plain sampler that obeys generation_config.json, without this project."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
+    model.lm_head.bias.data[model.config.mask_token_id] = 20.0  # ever so likely, unless it is suppressed
+    begins = torch.arange(1, 1 + prompts)[:, None]
+    options = dict(max_new_tokens=length, min_new_tokens=length, pad_token_id=0, do_sample=True)
+    return model.generate(begins, **options)[:, 1:]
+
+
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_model_of_a_run_is_safe_with_samplers_of_others(tmp_path, tied, shift):
+    model, tokenizer = tiny_diffusion(tied=tied, shift=shift)
+    config = tiny_config(tmp_path, steps=4, eval_every=2, save_every=2, shift=shift)
+    train(model, tokenizer, config)
+    saved = [config.folder / "best", *sorted(config.folder.glob("step-*"))]
+    assert len(saved) == 3
+    for folder in saved:
+        assert (sample_as_transformers(folder) != model.config.mask_token_id).all()
+
+
+def test_the_diffusion_models_that_ship_are_safe_with_samplers_of_others():
+    folders = [path.parent for path in BASES.glob("*/config.json") if "mask_token_id" in path.read_text()]
+    assert "tiny-diffugpt" in [folder.name for folder in folders]
+    for folder in folders:
+        mask_id = load_diffusion(folder)[0].config.mask_token_id
+        assert (sample_as_transformers(folder) != mask_id).all()
+
+
 def test_a_published_generation_config_that_cannot_be_saved_does_not_end_a_run(tmp_path):
     """Many name a temperature without do_sample, as those of Llama 2 and of GGUF files do."""
     tokenizer, base = tiny_tokenizer(), tiny_model(vocab=320)
@@ -469,6 +504,36 @@ def test_loading_says_what_is_wrong(tmp_path):
         load_diffusion(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no model 'nowhere'.*config\.json"):
         load_diffusion("nowhere")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(model_type="bert"), r"lacks weights of a BertLMHeadModel \(\d+ in all, the first is bert\."),
+        (dict(model_type="whisper"), r"lacks weights of a WhisperForCausalLM"),
+        (dict(n_layer=3), r"lacks weights of a GPT2LMHeadModel \(12 in all, the first is transformer\.h\.2\."),
+        (
+            dict(tie_word_embeddings=False),
+            r"lacks weights of a GPT2LMHeadModel \(1 in all, the first is lm_head\.weight",
+        ),
+    ],
+)
+def test_a_model_that_lacks_weights_is_refused(tmp_path, changes, message):
+    """transformers fills them with random numbers and goes on."""
+    save_diffusion(*tiny_diffusion(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    for load in (load_base, load_diffusion):
+        with pytest.raises(ValueError, match=message):
+            load(str(tmp_path))
+
+
+def test_a_model_whose_weights_are_not_finite_is_refused(tmp_path):
+    model, tokenizer = tiny_diffusion()
+    model.transformer.h[0].mlp.c_fc.weight.data[0, 0] = float("nan")
+    save_diffusion(model, tokenizer, tmp_path)
+    with pytest.raises(ValueError, match=r"transformer\.h\.0\.mlp\.c_fc\.weight of the model are not finite"):
+        load_diffusion(tmp_path)
 
 
 def written_base(folder):

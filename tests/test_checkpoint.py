@@ -9,6 +9,7 @@ import resource
 import shutil
 import stat
 import subprocess
+import tempfile
 import threading
 from multiprocessing import connection
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from dalm_utils import checkpoint, run, train
+from dalm_utils import checkpoint, load_corpus, run, train
 from dalm_utils.checkpoint import RunFolder, is_whole, sync, write_whole
 from dalm_utils.history import History
 from tests.helpers import PATIENCE, comparable, stop_after, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
@@ -175,6 +176,33 @@ def test_reading_a_run_needs_no_permission_to_write(tmp_path, monkeypatch):
         assert [path.name for path in folder.checkpoints()] == ["step-000004"] and is_whole(folder.checkpoints()[0])
         assert not RunFolder(Path("runs/copied")).is_claimed()
     assert not list(Path("runs").glob(".*"))
+
+
+def close_to_writers(monkeypatch, closed):
+    """Nobody may create a file in a folder (root, who may always, does not notice its permissions)."""
+    create = tempfile.TemporaryFile
+
+    def refuses(dir):
+        if dir == closed:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return create(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuses)
+
+
+@pytest.mark.parametrize("closed, remedy", [("runs", "`runs`, or DALM_RUNS"), ("runs/run", "another `name`")])
+def test_a_folder_that_cannot_be_written_is_found_at_once(tmp_path, monkeypatch, closed, remedy):
+    begun(tmp_path / "runs" / "run", 4)
+    close_to_writers(monkeypatch, tmp_path / closed)
+    with pytest.raises(OSError, match=rf"{closed} cannot be written \(Permission denied\); .*{remedy}"):
+        RunFolder(tmp_path / "runs" / "run").open(SETTINGS)
+    assert not RunFolder(tmp_path / "runs" / "run").is_claimed()
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    close_to_writers(monkeypatch, tmp_path / "cache")
+    with pytest.raises(OSError, match=r"cache cannot be written \(Permission denied\).*DALM_CACHE names another"):
+        load_corpus(tiny_config(tmp_path).text, tiny_tokenizer(), cache=tmp_path / "cache")
 
 
 def test_looking_at_a_run_keeps_nobody_from_starting_it(tmp_path, monkeypatch):
@@ -352,8 +380,13 @@ def test_a_history_that_the_disk_refuses_waits_in_memory(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "damage", [b'{"step": 20, "lo', b"\xff\xfe\x00", b"[20]", b"20", b"null", b'{"loss": 1.0}', b""]
-)
+    "damage",
+    [
+        b'{"step": 20, "lo', b"\xff\xfe\x00", b"[20]", b"20", b"null", b'{"loss": 1.0}', b"",
+        b'{"step": "20"}', b'{"step": 20, "loss": "5"}', b'{"step": 20, "loss": NaN}', b'{"step": 20, "loss": 1e400}',
+        b'{"step": 20, "event": 5}', b'{"step": 20, "sample": ["a"]}',
+    ],
+)  # fmt: skip
 def test_a_damaged_line_of_a_history_costs_that_line_alone(tmp_path, capsys, damage):
     file = tmp_path / "history.jsonl"
     file.write_bytes(b'{"step": 10}\n' + damage + b'\n{"step": 30}\n' + damage + b'\n{"step": 50}\n{"step": 6')

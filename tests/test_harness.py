@@ -3,6 +3,7 @@ import json
 import math
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,20 +111,106 @@ def test_writing_stops_at_stop_strings_and_at_the_end_token():
     asked = [("Return", {"max_gen_toks": 4}), ("Return", {"max_gen_toks": 4, "until": ["", "zzz", "f o"]})]
     assert responder.generate_until(asked) == [" of of of of", " o"]
     assert respond(*insists_on(None)).generate_until(asked) == ["", ""]
-    with pytest.raises(ValueError, match="max_gen_toks=63 tokens: at most 62 fit"):
+    with pytest.raises(ValueError, match="max_gen_toks=63 tokens: at least 1 and at most 62 fit"):
         responder.generate_until([("Return", {"max_gen_toks": 63})])
 
 
 def test_what_a_task_asks_of_a_text_reaches_the_sampler(monkeypatch):
     asked = []
-    monkeypatch.setattr(harness, "generate", lambda *_, **options: asked.append(options) or generate(*_, **options))
     responder = respond(*tiny_diffusion(), order="confidence", steps=3, block_length=2, seed=5)
+    monkeypatch.setattr(responder, "_check_sampling", lambda options: None)
+    monkeypatch.setattr(harness, "generate", lambda *_, **options: asked.append(options) or generate(*_, **options))
     how = dict(temperature=0.7, top_p=0.9, top_k=5)
     responder.generate_until([("Return", {"max_gen_toks": 4}), ("Return", {"max_gen_toks": 4, **how})])
     same = dict(order="confidence", steps=3, block_length=2, stop_at_end=True, precision="fp32")
     for options in asked:
         options.pop("parts")
     assert asked == [same | dict(temperature=0.0, seed=5), same | how | dict(seed=6)]
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Fails a test that scores or decodes something."""
+    monkeypatch.setattr(harness, "continuation_nelbo", lambda *_, **__: pytest.fail("a likelihood was computed"))
+    monkeypatch.setattr(Responder, "_continue", lambda *_: pytest.fail("a text was generated"))
+
+
+GOOD = {"max_gen_toks": 4}
+
+
+@pytest.mark.parametrize(
+    "kind, wrong, message",
+    [
+        ("loglikelihood", ("Return the ", ""), "continuation of 'Return the ' is empty; correct the task's"),
+        ("loglikelihood", ("Return", " of" * 64), "has 64 tokens; 63 fit the model"),
+        ("generate_until", ("Return", {"max_gen_toks": 63}), "at most 62 fit beside a context; in a terminal, --gen"),
+        ("generate_until", ("Return", {"max_gen_toks": 0}), "cannot generate max_gen_toks=0 tokens"),
+        ("generate_until", ("Return", GOOD | {"temperature": -1.0}), "temperature"),
+        ("generate_until", ("Return", GOOD | {"top_p": 1.5}), "top_p must be above 0 and at most 1, got 1.5"),
+        ("generate_until", ("Return", {"max_gen_toks": 9}), "3 steps are too few for 5 blocks"),
+    ],
+)
+def test_a_request_that_cannot_be_answered_is_found_before_the_work(no_work, kind, wrong, message):
+    responder = respond(*tiny_diffusion(), steps=3, block_length=2)
+    right = ("Return", " of") if kind == "loglikelihood" else ("Return", GOOD)
+    with pytest.raises(ValueError, match=message):
+        getattr(responder, kind)([right, right, wrong])
+
+
+def test_an_option_of_none_is_one_that_is_not_given():
+    responder = respond(*tiny_diffusion())
+    nothing = dict.fromkeys(("temperature", "top_p", "top_k", "until"))
+    assert responder.generate_until([("Return", GOOD | nothing)]) == responder.generate_until([("Return", GOOD)])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(num_samples=0), "num_samples must be a whole number of at least 1, got 0"),
+        (dict(batch_size="two"), "batch_size must be a whole number of at least 1, got 'two'"),
+        (dict(max_length=1), "at least 1 and at most -1 fit"),
+        (dict(order="nonsense"), "order must be one of .*; got 'nonsense'"),
+        (dict(precision="fp99"), "fp99"),
+    ],
+)
+def test_an_option_that_cannot_work_is_found_at_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        Responder(*tiny_diffusion(), **options)
+
+
+def test_only_what_is_asked_for_is_decoded(monkeypatch):
+    responder = respond(*insists_on(" of"))
+    decoded, decode = [], responder._are_greedy
+    monkeypatch.setattr(responder, "_are_greedy", lambda pairs: decoded.extend(pairs) or decode(pairs))
+    asked = [("Return", " of"), ("Return", " an"), ("Return", " of of"), ("Return", " of")]
+    answers = responder.loglikelihood(asked, [True, True, True, False])
+    assert [greedy for _, greedy in answers] == [True, False, True, False] and len(decoded) == 3
+    assert [score for score, _ in answers] == [score for score, _ in responder.loglikelihood(asked)]
+
+
+def test_a_continuation_is_decoded_unless_it_is_one_of_several_choices():
+    def request(task, document, number):
+        return SimpleNamespace(task_name=task, doc_id=document, idx=number)
+
+    choices, twice = [request("a", 0, 0), request("a", 0, 1)], [request("a", 1, 0)] * 2
+    requests = [*choices, *twice, request("b", 0, 0), request(None, None, 0), request(None, None, 1)]
+    assert harness._has_no_alternative(requests) == [False, False, True, True, True, True, True]
+
+
+@pytest.mark.parametrize(
+    "path, options, message",
+    [
+        (None, {}, "arguments lack path=FOLDER"),
+        (
+            "tiny-diffugpt",
+            {"num_sample": 2},
+            "no option num_sample; there are path, device, greedy, num_samples, order",
+        ),
+    ],
+)
+def test_options_that_the_model_does_not_have_are_named(path, options, message):
+    with pytest.raises(ValueError, match=message):
+        harness._check_options(path, options)
 
 
 def test_answers_to_a_batch_are_the_answers_alone_in_the_same_order():
@@ -168,6 +255,7 @@ doc_to_choice: choices
 metric_list:
   - {metric: acc, aggregation: mean, higher_is_better: true}
   - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
 """
 WRITING = """
 task: local_writing
@@ -239,6 +327,44 @@ def test_the_harness_computes_what_the_model_implies(tasks):
     assert writing["exact_match,none"] == 0.5
     bits = -log_p(TEXTS[0]) / math.log(2)
     assert text["bits_per_byte,none"] == pytest.approx(bits / len(TEXTS[0].encode()), rel=1e-4)
+
+
+def test_a_request_with_options_of_none_is_answered(tasks):
+    model = register()(path=str(tasks / "model"), device="cpu")
+    options = {"max_gen_toks": 3, "temperature": None, "until": None, "do_sample": None}
+    assert model.generate_until([SimpleNamespace(args=("Return", options))]) == [" of of of"]
+
+
+@pytest.mark.parametrize("greedy, decoded, exact_match", [(False, 0, 0.0), (True, 7, 2 / 3)])
+def test_choices_are_decoded_if_asked(tasks, monkeypatch, greedy, decoded, exact_match):
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    counted, decode = [], Responder._are_greedy
+    monkeypatch.setattr(Responder, "_are_greedy", lambda self, pairs: counted.extend(pairs) or decode(self, pairs))
+    results = lm_eval.simple_evaluate(
+        model=register()(path=str(tasks / "model"), device="cpu", greedy=greedy), tasks=["local_endings"],
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False), bootstrap_iters=0,
+    )["results"]  # fmt: skip
+    assert len(counted) == decoded and results["local_endings"]["exact_match,none"] == pytest.approx(exact_match)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("path=nowhere", "no model 'nowhere'"),
+        ("path=tiny-gpt2", "holds an autoregressive model"),
+        ("path=tiny-diffugpt,num_sample=2", "no option num_sample"),
+        ("path=tiny-diffugpt,num_samples=0", "num_samples must be a whole number"),
+        ("num_samples=2", "lack path=FOLDER"),
+    ],
+)
+def test_wrong_arguments_of_its_command_line_are_one_line(tasks, monkeypatch, arguments, message):
+    command = ["harness", "--model", "dalm_diffusion", "--model_args", arguments, "--tasks", "local_endings"]
+    monkeypatch.setattr(sys, "argv", [*command, "--include_path", str(tasks)])
+    with pytest.raises(SystemExit, match=message) as ended:
+        main()
+    assert ended.value.code.startswith("error: ") and "\n" not in ended.value.code
 
 
 def test_its_command_line_knows_the_model(tasks, monkeypatch, capsys):

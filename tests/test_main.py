@@ -397,6 +397,11 @@ def test_status_reads_a_history_with_a_damaged_last_line(workplace, capsys):
     assert "step 6 of 12, not running" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("seconds, shown", [(90, "0:01:30"), (10**14, "millions of years"), (10**30, "millions")])
+def test_a_run_longer_than_a_calendar_is_shown(seconds, shown):
+    assert shown in cli._log_line({"step": 1, "eta": seconds})
+
+
 # ------------------------------------------------------------------------------------------------ the exit status
 @pytest.mark.parametrize("kind, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_has_its_own_exit_status_and_resumes(workplace, monkeypatch, capsys, kind, status):

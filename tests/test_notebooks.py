@@ -1,5 +1,6 @@
 """The stored notebooks are whole, the comparison that guards them can fail, and the runner loses nothing."""
 
+import asyncio
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import textwrap
 
 import nbformat
 import pytest
@@ -201,17 +203,23 @@ while True:
 
 
 class Runner:
-    """A process that runs a notebook, whose first cell reports through one pipe and may read from another."""
+    """A process that runs a notebook, whose first cell reports through one pipe and may read from another.
 
-    def __init__(self, folder, *sources):
+    Args:
+        at_start: what the kernel executes before anything else.
+    """
+
+    def __init__(self, folder, *sources, at_start="pass"):
         for name in ("gate", "report"):
             os.mkfifo(folder / name)
         self.gate, self.report = (os.open(folder / name, os.O_RDWR) for name in ("gate", "report"))
         path = write_notebook(folder / "long.ipynb", *sources)
+        begin = "import os, sys\nif 'ipykernel_launcher' in sys.orig_argv:\n"
+        (folder / "sitecustomize.py").write_text(begin + textwrap.indent(at_start, "    "))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "dalm_utils", "notebook", str(path)],
             cwd=PROJECT,
-            env=os.environ | {"DALM_RUNS": str(folder / "runs")},
+            env=os.environ | {"DALM_RUNS": str(folder / "runs"), "PYTHONPATH": f"{folder}:{PROJECT}"},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -220,6 +228,13 @@ class Runner:
         while not select.select([self.report], [], [], 1)[0]:
             assert self.process.poll() is None, self.process.stderr.read()
         assert os.read(self.report, len(word)) == word
+
+    def stop(self):
+        """Press Ctrl-C, and wait until that was noticed."""
+        self.process.send_signal(signal.SIGINT)
+        while not (line := self.process.stderr.readline()).startswith("stopping "):
+            assert line, "it ended without a word"
+        return line
 
     def end(self):
         """Its exit status, and what it said on stderr."""
@@ -254,6 +269,58 @@ def test_a_second_ctrl_c_kills_the_kernel(tmp_path):
     code, told = started.end()
     assert code == 130 and "stopped in cell 1 of 1" in told and "Traceback" not in told
     assert (tmp_path / "runs" / "long.unfinished.ipynb").is_file()
+
+
+HELD = """
+gate, report = os.open("gate", os.O_RDWR), os.open("report", os.O_RDWR)
+os.write(report, b"begun")
+os.read(gate, 1)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("presses", [1, 2])
+def test_a_notebook_can_be_stopped_while_its_kernel_starts(tmp_path, presses):
+    started = Runner(tmp_path, "print('never')", at_start=HELD)
+    started.wait_for(b"begun")
+    said = [started.stop() for _ in range(presses)]
+    assert said[0] == "stopping the start of the kernel; once more kills it\n"
+    if presses == 1:
+        os.write(started.gate, b"x")
+    code, told = started.end()
+    assert code == 130 and "stopped in the start of the kernel" in told and "Traceback" not in told
+    assert printed(tmp_path / "runs" / "long.unfinished.ipynb") == [""]
+
+
+@pytest.mark.slow
+def test_a_kernel_that_does_not_start_is_an_error(tmp_path):
+    code, told = Runner(tmp_path, "print('never')", at_start="os._exit(3)").end()
+    assert code == 1 and "error: the kernel of long.ipynb failed" in told and "Traceback" not in told
+
+
+def test_a_cell_is_interrupted_as_soon_as_the_kernel_executes_it(tmp_path):
+    """Before, the kernel would ignore it, and after it the cell might run for hours."""
+
+    class Manager:
+        has_kernel, interrupts = True, 0
+
+        async def interrupt_kernel(self):
+            self.interrupts += 1
+
+    async def press():
+        client = runner.Client(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")]), tmp_path)
+        client.km, counts = Manager(), []
+        client._announce(client.code[0])
+        for happens in (
+            lambda: client._stop(signal.SIGINT),
+            lambda: client.process_message({"msg_type": "execute_input", "content": {}}, client.code[0], 0),
+        ):
+            happens()
+            await asyncio.sleep(0)
+            counts.append(client.km.interrupts)
+        return counts
+
+    assert asyncio.run(press()) == [0, 1]
 
 
 @pytest.mark.slow

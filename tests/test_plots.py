@@ -74,13 +74,17 @@ def test_the_live_curve_redraws_and_closes_its_figures(shown):
 
 def test_quality_panels(shown):
     rows = [
-        dict(order=order, passes=passes, perplexity=100 / passes, entropy=3.0, distinct_2=0.9, repetition=0.2)
+        dict(order=order, passes=passes, perplexity=100 / passes, entropy=3.0, distinct_2=0.9, repetition=0.2,
+             stderr=dict(perplexity=2.0, entropy=0.1, distinct_2=0.1, repetition=0.1))
         for order in ("random", "confidence") for passes in (8, 4)
     ]  # fmt: skip
     figures = dict(perplexity=20, entropy=3.5, distinct_2=1, repetition=0.1)
     plots.quality_vs_passes(rows, {"passes": 95, **figures}, figures)
-    assert [len(axis.lines) for axis in shown[0].axes] == [4, 4, 4]
-    assert list(shown[0].axes[0].lines[0].get_xdata()) == [4, 8]  # by passes, whatever the order of the rows
+    for axis in shown[0].axes:
+        assert axis.get_legend_handles_labels()[1].count("random") == 1 and len(axis.containers) == 2
+    drawn = shown[0].axes[0].containers[0]
+    assert list(drawn.lines[0].get_xdata()) == [4, 8]  # by passes, whatever the order of the rows
+    assert [list(bar[:, 1]) for bar in drawn.lines[2][0].get_segments()] == [[23.0, 27.0], [10.5, 14.5]]
 
 
 def test_a_logarithmic_axis_leaves_out_the_score_before_the_first_step(shown):

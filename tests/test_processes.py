@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from dalm_utils.checkpoint import RunFolder, is_whole
 from dalm_utils.config import PROJECT
 from dalm_utils.history import History
 from dalm_utils.objective import Batch
+from dalm_utils.processes import _portable, on_main
 from tests.helpers import PATIENCE, opened, tiny_base, tiny_config, tiny_diffusion
 from tests.processes import Gate, Meeting, exit_codes, last_step, start_many
 
@@ -100,6 +102,42 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, alone, way):
     assert last_step(config.folder) == 6 and is_whole(config.folder / "step-000006")
     train(*tiny_diffusion(), config.replace(batch=4))  # one process, the same global batch
     assert_same_curve(config.folder, alone)
+
+
+class Odd(Exception):
+    """Can be pickled, but not read back."""
+
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
+
+
+class Local(Exception):
+    def __init__(self):
+        super().__init__("with something that cannot be pickled")
+        self.held = lambda: None
+
+
+@pytest.mark.parametrize(
+    "error, kind, words",
+    [
+        (ValueError("plain"), ValueError, "^plain$"),
+        (Odd("this", "that"), RuntimeError, "^Odd: this and that$"),
+        (Local(), RuntimeError, "^Local: with something"),
+    ],
+)
+@pytest.mark.parametrize("is_main", [True, False])
+def test_an_error_of_the_main_process_reaches_the_others(monkeypatch, error, kind, words, is_main):
+    def fail():
+        raise error
+
+    def broadcast(outcome):  # the main process sends, the others receive
+        sent = outcome if is_main else [None, _portable(error)]
+        outcome[:] = pickle.loads(pickle.dumps(sent))
+
+    monkeypatch.setattr("dalm_utils.processes.broadcast_object_list", broadcast)
+    accelerator = SimpleNamespace(is_main_process=is_main, num_processes=2)
+    with pytest.raises(kind, match=words):
+        on_main(accelerator, fail)
 
 
 @pytest.mark.parametrize("killed", [0, 1])

@@ -23,6 +23,17 @@ def test_quality_sees_repetition():
     assert good.perplexity == pytest.approx(ar_nll(model, tokenizer, varied).perplexity)
 
 
+def test_each_measure_of_quality_has_its_standard_error_over_texts():
+    model, tokenizer = tiny_model(vocab=320), tiny_tokenizer()
+    texts = torch.stack([torch.arange(1, 33), torch.full((32,), 7), torch.arange(50, 82)])
+    quality = text_quality(model, tokenizer, texts)
+    entropies = torch.tensor([math.log(31), 0.0, math.log(31)])
+    assert quality.stderr["entropy"] == pytest.approx(float(entropies.std() / 3**0.5))
+    nll = ar_nll(model, tokenizer, texts)
+    assert quality.stderr["perplexity"] == pytest.approx(nll.perplexity * nll.stderr)
+    assert quality.stderr.keys() == vars(quality).keys() - {"stderr"}
+
+
 def test_texts_without_a_pair_of_tokens_are_refused():
     model, tokenizer = tiny_model(vocab=320), tiny_tokenizer()
     with pytest.raises(ValueError, match="at least 3 positions, the begin token among them, got 2"):

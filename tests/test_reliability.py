@@ -45,7 +45,9 @@ def assert_same(ours: tuple, expected: tuple) -> None:
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-def interrupt_again_and_again(folder: Path, times: int, settings: dict, seed: int, kind=signal.SIGKILL) -> dict:
+def interrupt_again_and_again(
+    folder: Path, times: int, settings: dict, seed: int, kind=signal.SIGKILL, environment: dict | None = None
+) -> dict:
     """Signal a run `times` times, each time some steps further and at any moment of a step; then let it end.
 
     Every fourth SIGKILL hits while the run is being opened and its checkpoint read.
@@ -57,13 +59,13 @@ def interrupt_again_and_again(folder: Path, times: int, settings: dict, seed: in
     for number, target in enumerate(targets):
         at_start = kind == signal.SIGKILL and number % 4 == 3
         strike = Strike(0 if at_start else target, draw.randint(1, CALLS), kind)
-        codes = exit_codes(start(folder, settings, on_log=strike))
+        codes = exit_codes(start(folder, settings, environment, on_log=strike))
         assert codes == [-signal.SIGKILL if kind == signal.SIGKILL else 0], (folder / "messages-0").read_text()[-4000:]
         whole = [checkpoint.step_of(path) for path in RunFolder(run).checkpoints() if is_whole(path)]
         figures["times"] += 1
         figures["while writing a checkpoint"] += any(path.is_dir() for path in run.glob("*.unfinished"))
         figures["steps repeated"] += max(0, last_step(run) - max(whole, default=0))
-    assert exit_codes(start(folder, settings)) == [0]
+    assert exit_codes(start(folder, settings, environment)) == [0]
     return figures
 
 
@@ -75,12 +77,33 @@ def undisturbed(request, tmp_path_factory):
     return settings, outcome(tiny_config(folder).folder)
 
 
+def write_the_users_files(folder: Path) -> dict[Path, str]:
+    """Files of the user's in a run's folder and beside it, and what is in each."""
+    run = tiny_config(folder).folder
+    names = ("notes.md", "plots/loss.png", "best.md", "step-000006.txt", "best.old/notes.md", ".hidden")
+    written = {place / name: f"the user's {name}" for place in (run, run.parent) for name in names}
+    for path, text in written.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return written
+
+
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(tmp_path, undisturbed):
     settings, expected = undisturbed
     times = 10 if settings["precision"] == "fp32" else 3
+    users = write_the_users_files(tmp_path)
     figures = interrupt_again_and_again(tmp_path, times, settings, seed=times)
     assert figures["times"] == times and figures["while writing a checkpoint"] > 0
+    assert_same(outcome(tiny_config(tmp_path).folder), expected)
+    assert {path: path.read_text() for path in users} == users
+
+
+@pytest.mark.slow
+def test_a_run_that_writes_in_the_background_and_is_killed_ends_as_an_undisturbed_one(tmp_path, undisturbed):
+    settings, expected = undisturbed
+    figures = interrupt_again_and_again(tmp_path, 4, settings, seed=1, environment={"WRITE_IN_BACKGROUND": "1"})
+    assert figures["times"] == 4
     assert_same(outcome(tiny_config(tmp_path).folder), expected)
 
 
@@ -421,6 +444,30 @@ def test_a_run_rolls_back_on_a_full_disk(tmp_path, capsys):
     assert "rolled back to step 4" in history.last("event")
     assert History.load(config.folder / "history.jsonl").records == history.records
     assert [record["step"] for record in history.records] == [0, 2, 4, 4, 6, 8, 10, 12, 14, 16]
+
+
+def test_a_run_that_is_killed_after_it_rolled_back_on_a_full_disk_ends(tmp_path, capsys):
+    """Of the rollback nothing could be written: the run resumes from the checkpoint before the fault."""
+    config = tiny_config(tmp_path, steps=16)
+    model, tokenizer = tiny_diffusion()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def disturb(history, config):
+        if history.last("event"):
+            raise PowerCut
+        if history.records[-1]["step"] == 6:
+            model.get_output_embeddings().weight.data.mul_(1e3)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+
+    try:
+        with pytest.raises(PowerCut):
+            train(model, tokenizer, config, on_log=disturb)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "step-000004 could not be written (File too large)" in capsys.readouterr().err
+    undisturbed = train(*tiny_diffusion(), config.replace(name="undisturbed"))
+    assert comparable(train(*tiny_diffusion(), config)) == comparable(undisturbed)
+    assert_same(outcome(config.folder), outcome(tiny_config(tmp_path, name="undisturbed").folder))
 
 
 def main() -> None:

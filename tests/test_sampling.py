@@ -62,6 +62,15 @@ def test_the_history_rebuilds_the_sample(diffusion, order):
     assert torch.equal(canvas[canvas >= 0], samples.tokens[canvas >= 0]) and (canvas >= 0).sum() == 24
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_an_error(value, temperature):
+    model, tokenizer = tiny_diffusion()
+    model.transformer.ln_f.bias.data[0] = value
+    with pytest.raises(ValueError, match="the model's logits are not finite"):
+        generate(model, tokenizer, length=4, temperature=temperature, precision="fp32")
+
+
 def plain(model, tokenizer, length, steps, order, block_length, seed=0):
     """The orders random and confidence for a single text, without padding, filters or chunks."""
     draws = seeded(seed, 0, "generate")

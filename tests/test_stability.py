@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dalm_utils import load_corpus, load_diffusion, nelbo, train, train_arms, training
+from dalm_utils.history import History
 from dalm_utils.stability import NORM_DECAY, Watch
 from dalm_utils.step import TrainStep
 from tests.helpers import stop_after, tiny_config, tiny_diffusion, tiny_tokenizer
@@ -208,6 +209,22 @@ def test_a_run_that_stays_unstable_is_given_up_and_its_checkpoint_stays(tmp_path
     assert history.records[-1]["step"] == 24
 
 
+def test_when_an_arm_is_given_up_the_others_are_saved(tmp_path, monkeypatch):
+    shaky, tokenizer = tiny_diffusion()
+    models = [tiny_diffusion(), (Fault(range(7, 1000), broken).strike(shaky), tokenizer), tiny_diffusion()]
+    monkeypatch.setattr(training, "build", lambda config, **_: models.pop(0))
+    settings = dict(steps=24, log_every=1, eval_every=12, save_every=5, max_skips=3)
+    configs = {name: tiny_config(tmp_path, **settings) for name in ("before", "shaky", "after")}
+    with pytest.raises(RuntimeError, match="after 3 rollbacks"):
+        train_arms(configs)
+    runs = tiny_config(tmp_path).folder.parent
+    taken = {name: History.load(runs / f"tiny-{name}" / "history.jsonl").last("step") for name in ("before", "after")}
+    assert taken == {"before": 18, "after": 17}
+    for name, step in taken.items():
+        assert (runs / f"tiny-{name}" / f"step-{step:06d}").is_dir()
+    assert [path.name for path in (runs / "tiny-shaky").glob("step-*")] == ["step-000005"]
+
+
 def test_trouble_before_the_first_checkpoint_says_what_to_do(tmp_path):
     with pytest.raises(RuntimeError, match=r"before the first checkpoint.*a smaller save_every"):
         faulty(tmp_path, Fault(range(1, 9), broken), save_every=20)
@@ -261,6 +278,13 @@ def test_a_run_recovers_wherever_its_weights_break(tmp_path, monkeypatch, step):
     for folder in tiny_config(tmp_path).folder.glob("step-*"):
         score = nelbo(*load_diffusion(folder), held_out(tiny_config(tmp_path)), num_samples=2, precision="fp32")
         assert score.mean < 10
+
+
+def test_the_weights_of_the_last_step_are_checked_once(tmp_path, monkeypatch):
+    checked, check = [], TrainStep.trouble_ahead
+    monkeypatch.setattr(TrainStep, "trouble_ahead", lambda self, step: checked.append(step) or check(self, step))
+    train(*tiny_diffusion(), tiny_config(tmp_path, steps=12, save_every=4))
+    assert checked == [4, 8, 12]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

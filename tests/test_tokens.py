@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from dalm_utils import as_diffusion, continuation_nelbo, generate, infilling, load_base, save_diffusion, train
 from dalm_utils.harness import Responder
@@ -29,6 +29,24 @@ def bpe(pre_tokenizer, decoder, normalizer=None, texts=TEXTS, size=320, **option
 
 def metaspace(scheme="always", **options):
     return bpe(pre_tokenizers.Metaspace(prepend_scheme=scheme), decoders.Metaspace(prepend_scheme=scheme), **options)
+
+
+def unigram(scheme):
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    special = dict(special_tokens=["<s>", "</s>", "<unk>"], unk_token="<unk>")
+    tokenizer.train_from_iterator(TEXTS, trainers.UnigramTrainer(vocab_size=200, show_progress=False, **special))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def with_bytes(make):
+    """A tokenizer that spells a character it does not know in bytes."""
+    model = json.loads(make().backend_tokenizer.to_str())["model"]
+    for byte in range(256):
+        model["vocab"].setdefault(f"<0x{byte:02X}>", len(model["vocab"]))
+    names = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return LlamaTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], **names)
 
 
 def with_gaps(moved_by):
@@ -57,12 +75,20 @@ PREFIXING = {
         pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel(), clean_up_tokenization_spaces=True
     ),
     "spaces at the end are stripped": lambda: metaspace(normalizer=normalizers.Strip(left=False, right=True)),
+    "unigram": lambda: unigram("always"),
+    "unigram, the first word": lambda: unigram("first"),
+    "llama, and unknown characters as bytes": lambda: with_bytes(lambda: bpe(None, **LLAMA_2)),
+}
+PLAIN = {
+    "no prefix": lambda: metaspace("never"),
+    "unigram without a prefix": lambda: unigram("never"),
+    "bytes": tiny_tokenizer,
 }
 
 
-@pytest.mark.parametrize("kind", PREFIXING)
+@pytest.mark.parametrize("kind", [*PREFIXING, *PLAIN])
 def test_pieces_of_a_text_cut_anywhere_decode_to_the_text(kind):
-    tokenizer = PREFIXING[kind]()
+    tokenizer = (PREFIXING | PLAIN)[kind]()
     before = tokenizer.backend_tokenizer.to_str()
     for text in ("Return the sum of a matrix along", " Return the", "a  array : int .", "mean ", " ", ""):
         for cut in range(len(text) + 1):
@@ -79,15 +105,35 @@ def prefixing_model(tokenizer):
     return as_diffusion(tiny_model("llama", vocab=len(tokenizer)), tokenizer)
 
 
-@pytest.mark.parametrize("kind", PREFIXING)
+@pytest.mark.parametrize("kind", [*PREFIXING, *PLAIN])
 def test_given_text_comes_out_unchanged_also_inside_of_a_word(kind):
-    model, tokenizer = prefixing_model(PREFIXING[kind]())
+    model, tokenizer = prefixing_model((PREFIXING | PLAIN)[kind]())
     for parts in (["mat", 1, "ix along"], [2, "ix along", 1, " the"], ["", 1, "a"], ["ma", "trix", 1], [" a ", 1, " "]):
         pattern = "".join(re.escape(part) if isinstance(part, str) else ".*" for part in parts)
         assert re.fullmatch(pattern, generate(model, tokenizer, parts=parts).text[0], re.DOTALL)
     samples = generate(model, tokenizer, prompt=["Return", " Return the"], suffix="of it", length=3)
     for text, prompt in zip(samples.text, ["Return", " Return the"], strict=True):
         assert text.startswith(prompt) and text.endswith("of it")
+
+
+def test_the_gap_is_what_lies_between_the_given_texts():
+    model, tokenizer = prefixing_model(metaspace())
+    before, after = "Return the ma", "ix along"
+    samples = generate(model, tokenizer, parts=[before, 2, after])
+    first = len(encode(tokenizer, [before])[0]) + 1
+    filled = decode(tokenizer, samples.tokens[0, first : first + 2].tolist(), samples.tokens[0, :first].tolist())
+    assert samples.text[0][len(before) : len(samples.text[0]) - len(after)] == filled
+
+
+def test_a_tokenizer_that_forgets_spaces_keeps_the_rest():
+    tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    special = dict(special_tokens=["<s>", "</s>", "<unk>"])
+    tokenizer.train_from_iterator(TEXTS, trainers.WordPieceTrainer(vocab_size=200, show_progress=False, **special))
+    names = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    model, tokenizer = prefixing_model(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names))
+    text = generate(model, tokenizer, parts=["Return the  sum", 1, "of a matrix."]).text[0]
+    assert text.startswith("Return the sum") and text.endswith("of a matrix.")
 
 
 @pytest.mark.parametrize("kind", PREFIXING)

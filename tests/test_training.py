@@ -73,6 +73,14 @@ def test_progress_is_drawn_by_the_second_and_not_by_the_step(tmp_path, capsys, m
     assert drawings(0) <= 4 and drawings(2) >= 100
 
 
+@pytest.mark.parametrize("objective, shown", [("diffusion", "nelbo="), ("ar", "nll=")])
+def test_the_bar_shows_the_held_out_score(tmp_path, capsys, objective, shown):
+    model, tokenizer = tiny_diffusion() if objective == "diffusion" else load_base(tiny_base(tmp_path))
+    train(model, tokenizer, tiny_config(tmp_path, objective=objective))
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert "12/12" in last and "loss=" in last and shown in last
+
+
 def test_the_loss_does_not_depend_on_how_a_batch_is_split(tmp_path):
     histories = []
     for batch, accumulate in ((8, 1), (4, 2), (1, 8)):
@@ -136,6 +144,24 @@ def test_a_resumed_run_keeps_the_weight_that_was_fitted_to_its_text(tmp_path, mo
         run.step = 3
         run.save()
     monkeypatch.setattr("dalm_utils.run.fit_teacher_weight", lambda *_: pytest.fail("it was chosen before"))
+    with opened(*tiny_diffusion(), config) as run:
+        assert run.distill == 0.5
+
+
+def test_one_process_fits_the_weight_for_all(tmp_path, monkeypatch):
+    """Rounding differs between kinds of GPU; a weight that each fitted for itself could differ."""
+    where = ["everywhere"]
+
+    def on_main(accelerator, do):
+        where.append("on main")
+        try:
+            return do()
+        finally:
+            where.pop()
+
+    monkeypatch.setattr("dalm_utils.run.on_main", on_main)
+    monkeypatch.setattr("dalm_utils.run.fit_teacher_weight", lambda *_: {"on main": 0.5}[where[-1]])
+    config = tiny_config(tmp_path, base=tiny_base(tmp_path), distill=4.0, distill_fit=True)
     with opened(*tiny_diffusion(), config) as run:
         assert run.distill == 0.5
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import hashlib
 import html
 import os
 import re
 import signal
 import sys
-import tempfile
 import time
 import warnings
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbconvert import HTMLExporter
 
-from ..checkpoint import write_file
+from ..checkpoint import require_writable, write_file
 from ..config import display_path, runs_folder
 
 RECORD = ".notebooks"  # the hashes of all files that were written to the folder of runs, one per line
@@ -62,6 +62,9 @@ def run_notebook(path: Path, *, in_place: bool = False) -> int | None:
         if isinstance(error, (CellExecutionError, RuntimeError)):
             raise RuntimeError(f"{client.explain(path.name, error)}. {kept}") from None
         raise
+    finally:
+        if client.km is None:  # the kernel is gone, and of one that did not start nbclient keeps this
+            atexit.unregister(client._cleanup_kernel)
     _write(results.notebook, nbformat.writes(notebook), record=not in_place)
     print(f"\nfinished in {client.minutes:.1f} minutes")
     for output in client.code[-1].outputs if client.code else []:
@@ -97,6 +100,9 @@ class Client(NotebookClient):
 
     The first Ctrl-C or SIGTERM interrupts the cell in progress, like the stop button of Jupyter: training finishes its
     step and writes a checkpoint. The second one kills the kernel.
+
+    A kernel that executes nothing is not interrupted: one that starts would die of it with a traceback, and one that
+    waits for a cell ignores it. It is interrupted as soon as it says that it executes the cell.
     """
 
     def __init__(self, notebook: nbformat.NotebookNode, folder: Path):
@@ -107,6 +113,7 @@ class Client(NotebookClient):
         self.code = [cell for cell in notebook.cells if cell.cell_type == "code"]
         self.current = "the start of the kernel"  # what it does now, in words
         self.stopped_by: int | None = None
+        self.is_executing = False
         self.exit_status: int | None = None  # of a kernel that died
         self.begun = time.monotonic()
         self.on_cell_start, self.on_notebook_error = self._announce, self._ask_exit_status
@@ -127,14 +134,17 @@ class Client(NotebookClient):
 
     def _stop(self, kind: int) -> None:
         again, self.stopped_by = self.stopped_by is not None, kind
-        if self.km is not None and self.km.has_kernel:
-            print(f"stopping {self.current}" + ("" if again else "; once more kills it"), file=sys.stderr, flush=True)
-            end = self.km.shutdown_kernel(now=True) if again else self.km.interrupt_kernel()
-            self._ending = asyncio.ensure_future(end)  # type: ignore[call-overload]  # kept: the loop holds tasks weakly
+        print(f"stopping {self.current}" + ("" if again else "; once more kills it"), file=sys.stderr, flush=True)
+        if self.km is not None and self.km.has_kernel and (again or self.is_executing):
+            self._send(self.km.shutdown_kernel(now=True) if again else self.km.interrupt_kernel())
+
+    def _send(self, request) -> None:
+        self._request = asyncio.ensure_future(request)  # kept, since the loop holds tasks weakly
 
     def _announce(self, cell: nbformat.NotebookNode, **_) -> None:
         if self.stopped_by:
             raise RuntimeError("stopped")
+        self.is_executing = False
         if cell.cell_type == "code" and cell.source.strip():
             number = next(n for n, other in enumerate(self.code, 1) if other is cell)
             first_line = next(line for line in cell.source.splitlines() if line.strip())[:90]
@@ -146,6 +156,10 @@ class Client(NotebookClient):
             self.exit_status = await self.km.provisioner.poll()
 
     def process_message(self, message, cell, cell_index):
+        if message["msg_type"] == "execute_input":
+            self.is_executing = True
+            if self.stopped_by and self.km is not None:
+                self._send(self.km.interrupt_kernel())
         if message["msg_type"] == "stream" and message["content"]["name"] == "stderr":
             print(message["content"]["text"], end="", file=sys.stderr, flush=True)  # progress bars and warnings
             return None
@@ -242,12 +256,12 @@ class Results:
 def _plan(path: Path, in_place: bool) -> Results:
     """Where the results will go. Raises OSError if they cannot be written, ValueError if they would replace `path`."""
     runs = runs_folder()
-    _check_folder(runs, "; DALM_RUNS names another folder")
+    require_writable(runs, "; DALM_RUNS names another folder")
     unfinished = runs / f"{path.stem}.unfinished.ipynb"
     _check_ours(unfinished)
     if in_place:
         target = path.resolve()
-        _check_folder(target.parent)
+        require_writable(target.parent)
         if not (os.access(target, os.W_OK) and target.stat().st_mode & 0o222):
             raise PermissionError(f"{path} is read-only")
         return Results(target, None, unfinished)
@@ -257,16 +271,6 @@ def _plan(path: Path, in_place: bool) -> Results:
     _check_ours(target)
     _check_ours(page)
     return Results(target, page, unfinished)
-
-
-def _check_folder(folder: Path, remedy: str = "") -> None:
-    """Make a folder if it is missing; raise OSError if no file can be created in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"{folder} cannot be written ({error.strerror}){remedy}") from error
 
 
 def _check_ours(path: Path) -> None:
