@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from .backbone import hidden_states, predicting_states
+from .backbone import eval_mode, hidden_states, predicting_states
 from .machine import send
 
 _PROVEN: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()  # models that passed `check_cache`
@@ -147,8 +147,13 @@ def check_cache(model: PreTrainedModel, length: int = 8) -> None:
     Raises:
         ValueError: it does not, or takes no such cache.
     """
-    if model in _PROVEN:
-        return
+    if model not in _PROVEN:
+        with eval_mode(model):
+            _prove(model, length)
+        _PROVEN.add(model)
+
+
+def _prove(model: PreTrainedModel, length: int) -> None:
     vocab = len(model.get_input_embeddings().weight)
     tokens = torch.randint(vocab, (2, length), generator=torch.Generator().manual_seed(0)).to(model.device)
     blocks = torch.full((2, length), -1)
@@ -171,4 +176,3 @@ def check_cache(model: PreTrainedModel, length: int = 8) -> None:
             f"{type(model).__name__} cannot use cache=True: a block computed against cached keys and values differs "
             "from the same block of a full pass; use cache=False"
         )
-    _PROVEN.add(model)

@@ -216,6 +216,6 @@ def steps_per_block(order: str, steps: int | None, block_length: int | None, blo
     most_holes, most_blocks = int((blocks >= 0).sum(1).max()), int(blocks.max()) + 1
     if steps is None:
         return min(most_holes, block_length or most_holes)
-    if steps < most_blocks and not ORDERS[order].ignores_steps:
+    if steps < most_blocks and order not in IGNORES_STEPS:
         raise ValueError(f"{steps} steps are too few for {most_blocks} blocks; raise steps or block_length")
     return steps // most_blocks

@@ -113,6 +113,17 @@ def test_given_text_is_kept():
     assert not (samples.tokens == model.config.mask_token_id).any()
 
 
+def test_a_model_in_training_is_sampled_without_its_dropout():
+    model, tokenizer = tiny_diffusion()
+    options = dict(length=12, block_length=4, cache=True, precision="fp32")
+    plain = generate(model, tokenizer, **options)
+    block_cache._PROVEN.discard(model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    assert torch.equal(generate(model.train(), tokenizer, **options).tokens, plain.tokens) and model.training
+
+
 # --------------------------------------------------------------------------------------------------- refusals
 def test_a_model_that_ignores_the_cache_is_refused():
     model, tokenizer = tiny_diffusion()
