@@ -436,7 +436,11 @@ def _add_data(commands) -> None:
         help="docstrings, mathematics, arxiv, arxiv:2 (two of its 15 shards), a .jsonl or .parquet file, or a folder; "
         "or smollm2: a small pretrained model",
     )  # fmt: skip
-    command.add_argument("--field", default="text", help="the field that holds a document; without a text, article")
+    command.add_argument(
+        "--field", default="text",
+        help="the field that holds a document (without a text, article), or the two of a pair: question,answer",
+    )  # fmt: skip
+    command.add_argument("--length", type=int, default=256, help="tokens of a sequence, which a pair must fit into")
     command.add_argument("--hub", help="where arxiv comes from: huggingface (default), modelscope[/OWNER/NAME]")
     command.add_argument("--tokenizer", default="tiny-gpt2", help="the model whose tokenizer to use")
     command.add_argument("--json", action="store_true", help="print one JSON object")
@@ -447,6 +451,7 @@ def _data(options: argparse.Namespace) -> None:
     from .arxiv import ArxivSet
     from .backbone import load_tokenizer
     from .corpus import load_corpus
+    from .pairs import is_pairs, load_pairs
 
     if options.text == "smollm2":
         _fetch_smollm2()
@@ -454,14 +459,18 @@ def _data(options: argparse.Namespace) -> None:
     source = f"{options.text}@{options.hub}" if options.hub else options.text
     if options.hub and ArxivSet.parse(source) is None:
         raise ValueError(f"--hub says where arxiv comes from, and {options.text!r} does not come from a hub")
-    corpus = load_corpus(source, load_tokenizer(options.tokenizer), field=options.field)
+    pairs, tokenizer = is_pairs(source, options.field), load_tokenizer(options.tokenizer)
+    corpus = (load_pairs if pairs else load_corpus)(source, tokenizer, field=options.field)
+    fit = _fitting(corpus, options.length) if pairs else {}
     if options.json:
-        print(json.dumps({**corpus.facts, "folder": corpus.folder.name}))
+        print(json.dumps({**corpus.facts, **fit, "folder": corpus.folder.name}))
         return
-    print("\n".join(_describe(corpus.facts)))
+    print("\n".join(_describe_pairs(corpus, fit, tokenizer) if pairs else _describe(corpus.facts)))
     print(f"The tokens, of {options.tokenizer}, are in {display_path(corpus.folder)}; facts.json there says more.")
     path = os.path.abspath(source) if os.path.exists(source) else source
     settings = {"text": path, "field": options.field, "base": options.tokenizer}
+    if pairs:
+        settings |= {"objective": "finetune", "length": str(options.length)}
     variables = " ".join(f"DALM_{name.upper()}={shlex.quote(value)}" for name, value in settings.items())
     print(f"To train on it in a notebook, set {variables}; in a terminal:")
     print(f"python -m dalm_utils train gpt2 {shlex.join(f'{name}={value}' for name, value in settings.items())}")
@@ -477,9 +486,35 @@ def _describe(facts: dict) -> list[str]:
     for split, tokens in facts["tokens"].items():
         documents, size = facts["documents"][split], facts["bytes"][split] / 1e6
         lines += [f"{split:<12}{documents:>12,}{tokens:>16,}{size:>10.1f}"]
+    return [*lines, *_left_out(facts)]
+
+
+def _left_out(facts: dict) -> list[str]:
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in facts["skipped"].items())
-    lines += [f"copies dropped: {facts.get('copies', 'not counted')}; skipped: {skipped or 'none'}"]
-    return [*lines, *(f"    {place}" for place in facts["skipped_at"])]
+    first = f"copies dropped: {facts.get('copies', 'not counted')}; skipped: {skipped or 'none'}"
+    return [first, *(f"    {place}" for place in facts["skipped_at"])]
+
+
+def _fitting(corpus, length: int) -> dict:
+    """How many pairs of each split fit into `length` tokens, and the tokens of the longest."""
+    splits = {split: corpus.all_pairs(split, length) for split in corpus.facts["tokens"]}
+    return {
+        "length": length,
+        "fit": {split: len(pairs) for split, pairs in splits.items()},
+        "longest": max(pairs.longest for pairs in splits.values()),
+    }
+
+
+def _describe_pairs(corpus, fit: dict, tokenizer) -> list[str]:
+    """Pairs in a few lines: how many there are and fit, and what was left out."""
+    facts = corpus.facts
+    lines = [f"{facts['name']}: {sum(facts['documents'].values()):,} pairs, split by {facts['split_by']}"]
+    lines += [f"{'':12}{'pairs':>12}{f'fit into {fit['length']}':>16}{'tokens':>16}{'of answers':>16}"]
+    for split, count in facts["documents"].items():
+        columns = (fit["fit"][split], facts["tokens"][split], facts["answers"][split])
+        lines += [f"{split:<12}{count:>12,}" + "".join(f"{value:>16,}" for value in columns)]
+    notes = (corpus.all_pairs(split, fit["length"]).about_dropped(tokenizer, split) for split in facts["documents"])
+    return [*lines, f"the longest pair has {fit['longest']:,} tokens", *filter(None, notes), *_left_out(facts)]
 
 
 def _fetch_smollm2() -> None:

@@ -121,6 +121,31 @@ def documents(source: str, field: str = "text", skips: Skips | None = None) -> I
             skips.add(place, error)
 
 
+def records(source: str, skips: Skips) -> Iterator[tuple[str, dict]]:
+    """The records of a .jsonl or .parquet file, or of a folder of .parquet files, each with its place, in order.
+
+    Raises:
+        FileNotFoundError, ValueError: as `documents`; or a source of texts, which has no records.
+    """
+    if source in PACKAGES or arxiv.ArxivSet.parse(source):
+        raise ValueError(f"{source!r} is a text without records; give a .jsonl or .parquet file")
+    path = _locate(source)
+    files = _files(path)
+    parquet = files[0].suffix == ".parquet"
+    if not parquet and not path.is_file():
+        raise ValueError(f"{source!r} is a folder of texts without records; give a .jsonl or .parquet file")
+    opened: Iterator[tuple[str, int, Any]] = _rows_on_disk(files, "") if parquet else _numbered_lines(path)
+    for place, size, raw in opened:
+        skips.read += 1
+        skips.bytes += size
+        try:
+            record = _record(raw) if parquet else _parse_json(raw)
+        except ValueError as error:
+            skips.add(place, error)
+        else:
+            yield place, record
+
+
 def _open(source: str, field: str) -> tuple[Iterator[tuple[str, int, Any]], Callable[[Any], str]]:
     """The records of a source as (place, bytes, raw), and the function that makes a raw one a text."""
     wanted = arxiv.ArxivSet.parse(source)
@@ -234,6 +259,10 @@ def _parse_text(raw: bytes) -> str:
 
 
 def _parse_json_line(raw: bytes, field: str) -> str:
+    return _text_of(_parse_json(raw), field)
+
+
+def _parse_json(raw: bytes) -> dict:
     text = _parse_text(raw)
     try:
         record = json.loads(text)
@@ -241,12 +270,18 @@ def _parse_json_line(raw: bytes, field: str) -> str:
         raise ValueError("not JSON") from None
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
-    return _text_of(record, field)
+    return record
 
 
-def _text_of(record: dict | bytes, field: str) -> str:
-    if isinstance(record, bytes):
+def _record(row: dict | bytes) -> dict:
+    """A row of a parquet file; bytes stand for a file without any."""
+    if isinstance(row, bytes):
         raise ValueError("empty document")
+    return row
+
+
+def _text_of(row: dict | bytes, field: str) -> str:
+    record = _record(row)
     if field == "text" and field not in record and arxiv.FIELD in record:
         field = arxiv.FIELD
     if field not in record:
