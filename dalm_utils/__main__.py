@@ -509,7 +509,8 @@ def _describe_pairs(corpus, fit: dict, tokenizer) -> list[str]:
     """Pairs in a few lines: how many there are and fit, and what was left out."""
     facts = corpus.facts
     lines = [f"{facts['name']}: {sum(facts['documents'].values()):,} pairs, split by {facts['split_by']}"]
-    lines += [f"{'':12}{'pairs':>12}{f'fit into {fit['length']}':>16}{'tokens':>16}{'of answers':>16}"]
+    fitting = f"fit into {fit['length']}"
+    lines += [f"{'':12}{'pairs':>12}{fitting:>16}{'tokens':>16}{'of answers':>16}"]
     for split, count in facts["documents"].items():
         columns = (fit["fit"][split], facts["tokens"][split], facts["answers"][split])
         lines += [f"{split:<12}{count:>12,}" + "".join(f"{value:>16,}" for value in columns)]

@@ -51,11 +51,11 @@ class RunConfig:
     base: str = "tiny-gpt2"  # a folder in checkpoints/base, any local folder, or a hub id, also id@revision
     hub: Literal["auto", "huggingface", "modelscope", "local"] = "auto"  # where to look for the base
     text: str = "docstrings"  # docstrings, mathematics, arxiv, a .jsonl or .parquet file, or a folder of text files
-    field: str = "text"  # the field of a record that holds the document
-    train_blocks: int | None = None  # train on this many blocks of the text (None: all)
+    field: str = "text"  # the field of a record that holds the document; "question,answer" for pairs
+    train_blocks: int | None = None  # train on this many blocks, or pairs, of the text (None: all)
 
     # the objective
-    objective: Literal["diffusion", "ar"] = "diffusion"  # ar: the next-token loss, which makes the bases
+    objective: Literal["diffusion", "ar", "finetune", "finetune-ar"] = "diffusion"  # see `tasks.TASKS`
     scratch: bool = False  # start from random weights instead of the base's
     shift: bool = True  # the logits at i-1 predict token i, as in the AR model
     anneal_steps: int = 10_000  # steps over which the causal mask opens

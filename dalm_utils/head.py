@@ -61,7 +61,7 @@ def weighted_nll(
     """
     head = model.get_output_embeddings()
     needs_grad = torch.is_grad_enabled()
-    dtype = _matmul_dtype(hidden) if needs_grad else head.weight.dtype  # scores are as in `logits_of`
+    dtype = matmul_dtype(hidden) if needs_grad else head.weight.dtype  # scores are as in `logits_of`
     teaching = None if teacher is None else (teacher_hidden, teacher.get_output_embeddings(), teacher_weight)
     with _without_autocast(hidden):
         return _WeightedNLL.apply(
@@ -164,7 +164,7 @@ def _widen(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _matmul_dtype(tensor: Tensor) -> torch.dtype:
+def matmul_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which a matrix product of this tensor would run here, taking autocast into account."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if _is_autocast(kind) else tensor.dtype

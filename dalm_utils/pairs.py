@@ -44,6 +44,11 @@ class PairRows(NamedTuple):
     answers: Tensor  # [B, L] bool: the tokens of answers, and the end token after the last one
     real: Tensor  # [B, L] bool: not padding
 
+    def trimmed(self) -> PairRows:
+        """Without the columns on the right in which every sequence is padding."""
+        longest = int(self.real.sum(1).max())
+        return PairRows(*(column[:, :longest] for column in self))
+
 
 class Pairs:
     """The pairs of a split that fit into `length` tokens. `pairs[[i, j, ...]]` and `pairs[i:j]` are `PairRows`.

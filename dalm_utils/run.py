@@ -59,7 +59,7 @@ def build(config: RunConfig, device: str | None = None) -> tuple[PreTrainedModel
     model, tokenizer = load_base(config.base, hub=config.hub, device=device or config.device)
     if config.scratch:
         model = randomize(model, config.seed)
-    if config.objective == "ar" or mask_id_of(model) is not None:
+    if not TASKS[config.objective].denoises or mask_id_of(model) is not None:
         return model, tokenizer
     return as_diffusion(model, tokenizer, shift=config.shift)
 
@@ -162,7 +162,7 @@ class Run:
 
     def _announce(self, newest: Path | None) -> None:
         """Say where a resumed run starts, and which parts of a schedule do not fit into the run."""
-        config, said = self.config, []
+        config, said = self.config, list(self.task.notes)
         if newest is not None:
             said += [f"{config.name}: resuming from step {self.step} of {self.total}"]
         if self.distill < 0.99 * config.distill and self.train_step.teacher is not None:
@@ -304,10 +304,10 @@ class Run:
         return self._figures(score), None
 
     def _sample(self) -> dict:
-        length = min(64, self.config.length - 1)
+        request = self.task.sample_request()
         with gathered(self.train_step.module):
             samples = generate(
-                self.model, self.tokenizer, length=length, steps=32, seed=self.config.seed, precision=self.precision
+                self.model, self.tokenizer, **request, steps=32, seed=self.config.seed, precision=self.precision
             )
         return {"sample": samples.text[0]}
 

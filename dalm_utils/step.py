@@ -24,7 +24,7 @@ from .machine import DTYPES, send
 from .objective import Batch, batch_loss, seeded
 from .processes import casting, is_sharded, prepare
 from .stability import SATURATED, Watch, saturation
-from .tasks import Task
+from .tasks import TASKS, Task
 
 
 class Loss(nn.Module):
@@ -144,6 +144,9 @@ class TrainStep:
         if self.replayed is not None and all(part.count <= capacity for part in parts):
             self.replayed([part.padded(capacity) for part in parts], mask, with_teacher)
         else:
+            parts = (
+                parts if self.config.compile else [part.trimmed() for part in parts]
+            )  # else compiled for each length
             self.compute(
                 [part.map(self._send) for part in parts], None if mask is None else self._send(mask), with_teacher
             )
@@ -184,7 +187,7 @@ def _why_eager(config: RunConfig, accelerator: Accelerator) -> str | None:
         return f"the run is distributed ({accelerator.distributed_type.value})"
     if config.gradient_checkpointing:
         return "gradient_checkpointing is on"
-    if config.objective == "ar":
+    if not TASKS[config.objective].denoises:
         return "without an explicit attention mask, transformers waits for the GPU"
     return None if config.cuda_graph else "cuda_graph is off"
 

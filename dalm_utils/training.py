@@ -41,7 +41,7 @@ def train(
     Under `accelerate launch` the same call is one of many processes.
 
     Args:
-        model: from `as_diffusion` or `load_diffusion` (or a plain AR model if `config.objective` is "ar").
+        model: from `as_diffusion` or `load_diffusion` (or a plain AR model if the objective is "ar" or "finetune-ar").
         resume: "auto" continues from the newest whole checkpoint, if there is one; "never" starts over and
             moves an earlier run of that name aside.
         on_log: called with (history, config) after each record, to draw it.
