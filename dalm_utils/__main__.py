@@ -275,13 +275,15 @@ def _sample(options: argparse.Namespace) -> None:
 
 # --------------------------------------------------------------------------------------------- evaluate
 def _add_evaluate(commands) -> None:
-    command = commands.add_parser("evaluate", help="held-out likelihood, infilling and text quality of a model")
+    command = commands.add_parser(
+        "evaluate", help="held-out likelihood, infilling and text quality of a model; its answers, if the text is pairs"
+    )
     command.add_argument("model", help="a diffusion or AR model: a folder, a shipped name or a hub id")
     command.add_argument("--text", help="by default the text that the model was trained on, else docstrings")
     command.add_argument("--field", help="the field of the text that holds a document")
     command.add_argument("--split", default="test", choices=("train", "validation", "test"))
     command.add_argument("--length", type=int, help="tokens per block; by default as in the model's training, else 256")
-    command.add_argument("--blocks", type=int, default=96)
+    command.add_argument("--blocks", type=int, default=96, help="blocks, or pairs, to score")
     command.add_argument("--samples", type=int, default=8, help="masks drawn per block")
     command.add_argument("--infill", type=int, nargs="?", const=16, metavar="GAP", help="restore gaps of GAP tokens")
     command.add_argument("--quality", type=int, nargs="?", const=16, metavar="N", help="generate N texts; judge them")
@@ -294,11 +296,15 @@ def _evaluate(options: argparse.Namespace) -> None:
     from .backbone import load_base
     from .corpus import load_corpus
     from .hubs import find
+    from .pairs import is_pairs
 
     place = find(options.model, "auto", None)
     origin = _origin(place)
     model, tokenizer = load_base(str(place), hub="local", device="auto")
     _complete(options, origin, model)
+    if is_pairs(options.text, options.field):
+        _evaluate_pairs(options, model, tokenizer)
+        return
     judge = _load_judge(options, origin, model, tokenizer) if options.quality else None
     corpus = load_corpus(options.text, tokenizer, field=options.field)
     blocks = corpus.blocks(options.split, options.length, options.blocks)
@@ -307,13 +313,36 @@ def _evaluate(options: argparse.Namespace) -> None:
         figures |= _infilling_figures(model, tokenizer, blocks, options.infill)
     if options.quality:
         figures |= _quality_figures(model, tokenizer, blocks, judge, options)
+    _show(options, kind, f"{len(blocks)} {options.split} blocks of {options.length} tokens", len(blocks), figures)
+
+
+def _evaluate_pairs(options: argparse.Namespace, model, tokenizer) -> None:
+    """Answers given their prompts: their likelihood, and those that the model gives."""
+    from .pairs import load_pairs
+    from .quality import answer_quality
+
+    if options.infill or options.quality:
+        raise ValueError("--infill and --quality are for texts, but the text is prompt/answer pairs; leave them out")
+    corpus = load_pairs(options.text, tokenizer, field=options.field)
+    pairs = corpus.pairs(options.split, options.length, options.blocks)
+    kind, figures = _likelihood_figures(model, tokenizer, pairs, options.samples)
+    quality = answer_quality(model, tokenizer, pairs, progress=True)
+    for name, mean in quality.mean.items():
+        figures |= {name: mean, f"{name}_stderr": quality.stderr[name]}
+    _show(options, f"conditional {kind}", f"{len(pairs)} {options.split} pairs", len(pairs), figures)
+    dropped = pairs.about_dropped(tokenizer, options.split)
+    if dropped:
+        print(dropped, file=sys.stderr)
+
+
+def _show(options: argparse.Namespace, kind: str, scored: str, count: int, figures: dict) -> None:
+    """Print the figures as a table, or as one JSON object."""
     figures = {name: _finite(value) for name, value in figures.items()}
     if options.json:
         asked = {name: getattr(options, name) for name in ("model", "text", "field", "split", "length")}
-        print(json.dumps({**asked, "blocks": len(blocks), "likelihood": kind, **figures}))
+        print(json.dumps({**asked, "blocks": count, "likelihood": kind, **figures}))
     else:
-        split = f"{len(blocks)} {options.split} blocks of {options.length} tokens of {options.text!r}"
-        print(f"{kind} on {split}: {options.model}\n{_table(figures)}")
+        print(f"{kind} on {scored} of {options.text!r}: {options.model}\n{_table(figures)}")
 
 
 def _origin(place: Path) -> dict:
@@ -405,7 +434,7 @@ def _ar_base(origin: dict) -> str:
 
     base = origin.get("base", "tiny-gpt2")
     earlier = _origin(find(base, "auto", None))
-    return _ar_base(earlier) if earlier.get("objective") == "diffusion" else base
+    return _ar_base(earlier) if earlier.get("objective") in ("diffusion", "finetune") else base
 
 
 def _quality_figures(model, tokenizer, blocks, judge, options) -> dict:

@@ -398,10 +398,10 @@ def drop_near_copies(texts: Iterable[str], width: int = 8, fraction: float = 0.5
 
 def split_of(text: str) -> str:
     """The split a document belongs to, by a hash of its normalised form: stable, and the same for all copies."""
-    return _split_at(digest(normalise(text)))
+    return split_at(digest(normalise(text)))
 
 
-def _split_at(key: str) -> str:
+def split_at(key: str) -> str:
     """The split that a hash, in hexadecimal, falls into."""
     bucket = int(key[:8], 16) % 100
     for split, percent in HELD_OUT.items():
@@ -436,16 +436,16 @@ def split_few(texts: Iterable[str]) -> SplitRule:
         if len(exact) < FEW:
             exact.append(digest(text))
     documents = same_words.total()
-    by_words = _held_out_by_rank(same_words)
+    by_words = held_out_by_rank(same_words)
     if len(set(by_words.values())) == min(documents, len(SPLITS)) - 1:
         return SplitRule("rank of words", lambda text: by_words.get(digest(normalise(text)), "train"))
     if documents >= FEW:
-        return SplitRule("text", lambda text: _split_at(digest(text)))
-    by_text = _held_out_by_rank(Counter(exact))
+        return SplitRule("text", lambda text: split_at(digest(text)))
+    by_text = held_out_by_rank(Counter(exact))
     return SplitRule("rank of text", lambda text: by_text.get(digest(text), "train"))
 
 
-def _held_out_by_rank(sizes: dict[str, int]) -> dict[str, str]:
+def held_out_by_rank(sizes: dict[str, int]) -> dict[str, str]:
     """The split of each hash that is held out. `sizes` counts the documents of each, which go together."""
     documents, splits = sum(sizes.values()), {}
     for split, needed in (("validation", 2), ("test", 3)):
@@ -476,7 +476,7 @@ def clean_documents(source: str, field: str = "text", skips: Skips | None = None
 def _drop_copies(texts: Iterable[str], skips: Skips) -> Iterator[str]:
     seen = set()
     for text in texts:
-        key = bytes.fromhex(digest(_content(text)))
+        key = bytes.fromhex(digest(content_of(text)))
         if key in seen:
             skips.copies += 1
             continue
@@ -484,7 +484,7 @@ def _drop_copies(texts: Iterable[str], skips: Skips) -> Iterator[str]:
         yield text
 
 
-def _content(text: str) -> str:
+def content_of(text: str) -> str:
     """What two documents share if one of them is a copy.
 
     The words, where they say nearly everything; with more than one number in `MIN_WORDS` words everything but case

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,19 @@ from transformers import PreTrainedTokenizerBase
 
 from .config import RunConfig
 from .corpus import SAMPLE_SEED, prepared
-from .documents import BY_WORDS, SPLITS, MissingField, Skips, SplitRule, digest, identify, records, split_few
+from .documents import (
+    FEW,
+    SPLITS,
+    MissingField,
+    Skips,
+    SplitRule,
+    content_of,
+    digest,
+    held_out_by_rank,
+    identify,
+    records,
+    split_at,
+)
 from .tokens import begin_id, decode, encode, token_ids, tokenizer_digest
 
 VERSION = 1  # of this file's output: raise it when a change alters what is written
@@ -345,12 +358,22 @@ def load_pairs(
 
 
 def _write(folder: Path, source: str, field: str, tokenizer: PreTrainedTokenizerBase, facts: dict) -> None:
-    """Write the tokens of each split and facts.json. Pairs of which `BY_WORDS` leaves a split empty are read again."""
-    made = _tokenise(folder, source, field, tokenizer, BY_WORDS)
-    if not all(made["documents"].values()):
-        prompts = dict.fromkeys(pair.pieces[0][0] for pair in read_pairs(source, tokenizer, field))
-        made = _tokenise(folder, source, field, tokenizer, split_few(prompts))
+    """Write the tokens of each split and facts.json. Few pairs, of which a hash may hold out none, are read again."""
+    made = _tokenise(folder, source, field, tokenizer, BY_PROMPT)
+    if sum(made["documents"].values()) < FEW or not all(made["documents"].values()):
+        keys = Counter({_key(pair.pieces[0][0]): 1 for pair in read_pairs(source, tokenizer, field)})
+        ranked = held_out_by_rank(keys)
+        rule = SplitRule("rank of prompt", lambda prompt: ranked.get(_key(prompt), "train"))
+        made = _tokenise(folder, source, field, tokenizer, rule)
     (folder / "facts.json").write_text(json.dumps({**facts, "name": source, **made}, indent=1))
+
+
+def _key(prompt: str) -> str:
+    """The same for equal prompts, and for those that would be copies as documents."""
+    return digest(content_of(prompt))
+
+
+BY_PROMPT = SplitRule("prompt", lambda prompt: split_at(_key(prompt)))
 
 
 def _tokenise(folder: Path, source: str, field: str, tokenizer: PreTrainedTokenizerBase, rule: SplitRule) -> dict:
@@ -376,7 +399,7 @@ def _tokenise(folder: Path, source: str, field: str, tokenizer: PreTrainedTokeni
     return {
         "dtype": f"{dtype[0]},{dtype[1]}",
         "digest": hashed.hexdigest(),
-        "split_by": f"{rule.name} of the prompt",
+        "split_by": rule.name,
         **counts,
         "copies": skips.copies,
         "skipped": dict(skips.reasons),

@@ -26,7 +26,7 @@ from tests.helpers import (
     tiny_model,
     tiny_tokenizer,
 )
-from tests.processes import exit_codes, start_many
+from tests.processes import Gate, exit_codes, start, start_many
 from tests.test_documents import write_lines
 
 QUESTIONS = [
@@ -243,11 +243,27 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(tmp_path, objective):
 
 
 @pytest.mark.slow
+def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path):
+    options = dict(steps=16, sample_every=8)
+    whole_model, tokenizer = tiny_diffusion()
+    whole = train(whole_model, tokenizer, pairs_config(tmp_path / "whole", **options))
+    config, gate = pairs_config(tmp_path, **options), Gate(step=10)
+    process = start(tmp_path, vars(config), on_log=gate.hold)
+    gate.wait(process)
+    process.kill()
+    assert exit_codes(process) == [-9]
+    model, tokenizer = tiny_diffusion()
+    assert comparable(train(model, tokenizer, config)) == comparable(whole)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, whole_model.state_dict()[name])
+
+
+@pytest.mark.slow
 def test_two_processes_follow_the_curve_of_one(tmp_path):
     steps = dict(steps=12, log_every=2, eval_every=6, sample_every=6)
     alone = train(*tiny_diffusion(), pairs_config(tmp_path / "alone", batch=4, **steps))
     config = pairs_config(tmp_path, batch=2, **steps)
-    processes = start_many(2, tmp_path, {**vars(config), "name": "tiny"})
+    processes = start_many(2, tmp_path, vars(config))
     assert exit_codes(*processes) == [0, 0], (tmp_path / "messages-0").read_text()
     ours = History.load(config.folder / "history.jsonl")
     for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4), ("nelbo", 1e-5)):
