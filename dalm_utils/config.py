@@ -66,6 +66,8 @@ class RunConfig:
     distill_fit: bool = False  # lower that weight to what the base's predictions of this text are worth
     distill_steps: int | None = None  # steps over which that weight falls to 0 (None: the whole run)
 
+    lora_rank: int = 0  # train adapters of this rank (LoRA), and [MASK]'s embedding; 0: all weights
+
     # the optimizer
     length: int = 512  # tokens in a block, including the begin token
     batch: int = 8  # blocks in one forward pass of one process
@@ -118,7 +120,7 @@ class RunConfig:
         for name in ("steps", "train_blocks", "patience", "distill_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, or None, got {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay", "sample_every", "seed", "distill"):
+        for name in ("warmup_steps", "weight_decay", "sample_every", "seed", "distill", "lora_rank"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("dropout", "beta2", "eps"):

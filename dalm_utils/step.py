@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from .backbone import transformer_blocks
 from .config import RunConfig
 from .cuda_graph import ReplayedStep
 from .machine import DTYPES, send
@@ -59,7 +60,7 @@ class TrainStep:
         if config.gradient_checkpointing:
             self.model.activation_checkpointing_enable()
         if config.compile:
-            for block in _transformer_blocks(self.model):
+            for block in transformer_blocks(self.model):
                 block.compile()
         reason = _why_eager(config, accelerator)
         self.replayed = None if reason else ReplayedStep(self.compute, self._recover, self.device)
@@ -208,7 +209,3 @@ def _set_dropout(model: nn.Module, rate: float) -> None:
         for name in ("dropout", "attention_dropout"):  # OPT and Llama store the rate as a float
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, rate)
-
-
-def _transformer_blocks(model: nn.Module) -> nn.ModuleList:
-    return max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
