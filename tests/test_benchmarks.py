@@ -10,7 +10,7 @@ import torch
 
 import tests.benchmarks
 from dalm_utils.config import PROJECT
-from tests.benchmarks import cost, estimators, gpu, recipe, sampling, train_step
+from tests.benchmarks import cost, estimators, gpu, puzzles, recipe, sampling, train_step
 from tests.helpers import tiny_diffusion, tiny_model, tiny_tokenizer
 
 
@@ -116,3 +116,10 @@ def test_a_part_that_fails_does_not_cost_the_others(tmp_path, monkeypatch):
     gpu.main()
     rows = json.loads((tmp_path / "out" / "gpu.json").read_text())["parts"]
     assert rows == {"broken": [{"first": 1}, {"error": "RuntimeError: the device is gone"}], "fine": [{"value": 2.0}]}
+
+
+@pytest.mark.slow
+def test_both_arms_of_the_puzzles_are_finetuned_and_asked(tmp_path):
+    results = puzzles.measure(tmp_path, steps=2, count=40, givens=12, squares=3)
+    assert list(results) == ["confidence", "first_hitting", "left to right"]
+    assert all(len(which) == 3 and set(which) <= {0.0, 1.0} for which in results.values())
