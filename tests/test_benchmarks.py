@@ -28,6 +28,14 @@ def test_each_way_to_train_takes_a_step(way, monkeypatch):
     assert step.work > 0 and not torch.equal(step.model.get_input_embeddings().weight, before)
 
 
+def test_a_step_with_adapters_is_measured_too(monkeypatch):
+    monkeypatch.setattr(train_step, "keep_memory", lambda: None)
+    step = train_step.stepper("lora", "laptop", batch=2, length=16, vocab=64)
+    trained = [name for name, weight in step.model.named_parameters() if weight.requires_grad]
+    assert all("lora_" in name or "mask_row" in name for name in trained) and trained
+    step()
+
+
 @pytest.mark.parametrize("name", estimators.WAYS)
 def test_each_estimator_weighs_what_it_masks_to_one(name):
     masked, weights = estimators.WAYS[name](500, 4, 15, torch.Generator().manual_seed(0))
@@ -82,6 +90,13 @@ def test_what_the_profile_full_would_take_is_what_the_results_say(monkeypatch, c
     assert len(rows) == len(shown) == 3
     for ours, computed in zip(rows, shown, strict=True):
         assert ours[:4] == computed[:4] and float(ours[4]) == pytest.approx(float(computed[4]), abs=0.5)
+
+
+def test_the_memory_of_adapters_is_what_the_results_say(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["cost"])
+    cost.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if re.match(r"\| [\w -]+ \| (no|rank 8) \|", line)]
+    assert len(rows) == 4 and "\n".join(rows) in (PROJECT / "tests" / "benchmarks" / "RESULTS.md").read_text()
 
 
 @pytest.mark.slow
