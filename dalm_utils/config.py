@@ -41,6 +41,9 @@ def display_path(path: str | Path) -> str:
     return os.path.abspath(path) if relative.startswith(os.pardir) else relative
 
 
+Objective = Literal["diffusion", "ar", "finetune", "finetune-ar"]  # see `tasks.TASKS`
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Every setting of one training run. Immutable: use `replace` to make a changed copy."""
@@ -55,7 +58,7 @@ class RunConfig:
     train_blocks: int | None = None  # train on this many blocks, or pairs, of the text (None: all)
 
     # the objective
-    objective: Literal["diffusion", "ar", "finetune", "finetune-ar"] = "diffusion"  # see `tasks.TASKS`
+    objective: Objective = "diffusion"  # finetune: answers of prompt/answer pairs; ar: the next token, makes bases
     scratch: bool = False  # start from random weights instead of the base's
     shift: bool = True  # the logits at i-1 predict token i, as in the AR model
     anneal_steps: int = 10_000  # steps over which the causal mask opens

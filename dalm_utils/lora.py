@@ -73,22 +73,23 @@ class Adapter:
 
     @torch.no_grad()
     def merged(self) -> dict[str, Tensor]:
-        """The state dict of the stock model with what was learned; weights that are tied to others are left out."""
-        tied, deltas = self.model.all_tied_weights_keys, self._deltas()
+        """The state dict of the stock model with what was learned, in host memory; training on does not change it.
+
+        Weights that are tied to others are left out.
+        """
+        layers = {f"{name}.weight": m for name, m in self.model.named_modules() if hasattr(m, "get_delta_weight")}
         weights = {}
         for name, weight in self.model.state_dict().items():
-            name = name.replace(".base_layer.", ".")
-            if "lora_" not in name and not name.endswith("mask_row") and name not in tied:
-                weights[name] = weight + deltas[name].to(weight.dtype) if name in deltas else weight
+            name, weight = name.replace(".base_layer.", "."), weight.to("cpu")
+            if "lora_" in name or name.endswith("mask_row") or name in self.model.all_tied_weights_keys:
+                continue
+            weights[name] = weight + layers[name].get_delta_weight(NAME).to(weight) if name in layers else weight
         if self.mask_id is not None:
-            name = next(name for name, m in self.model.named_modules() if m is self.model.get_input_embeddings())
-            table = weights[f"{name}.weight"] = weights[f"{name}.weight"].clone()
-            table[self.mask_id] = self.model.get_input_embeddings().mask_row
+            embedding = self.model.get_input_embeddings()
+            name = next(f"{name}.weight" for name, module in self.model.named_modules() if module is embedding)
+            weights[name] = weights[name].clone()
+            weights[name][self.mask_id] = embedding.mask_row.to("cpu")
         return weights
-
-    def _deltas(self) -> dict[str, Tensor]:
-        layers = (pair for pair in self.model.named_modules() if hasattr(pair[1], "get_delta_weight"))
-        return {f"{name}.weight": layer.get_delta_weight(NAME) for name, layer in layers}
 
     @torch.no_grad()
     def merge(self) -> None:

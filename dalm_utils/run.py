@@ -399,7 +399,7 @@ class Run:
         if self.adapter is None:
             weights = full_weights(self.train_step.module, self.model.all_tied_weights_keys, copy=self.in_background)
         else:
-            weights = host_copy(self.adapter.merged()) if self.in_background else self.adapter.merged()
+            weights = self.adapter.merged()
         return lambda folder: save_diffusion(self.model, self.tokenizer, folder, weights)
 
     def _adapter_writer(self, adapter: Adapter) -> Callable[[Path], None]:

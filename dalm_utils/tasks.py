@@ -21,7 +21,7 @@ from .corpus import load_corpus
 from .evaluation import Estimate, ar_nll, nelbo
 from .head import mask_id_of
 from .objective import Batch, corrupt, default_maskable, place_capacity, sample_times, seeded
-from .pairs import load_pairs
+from .pairs import is_pairs, load_pairs
 
 
 class Sequences(NamedTuple):
@@ -68,7 +68,14 @@ class Task:
     def load(self) -> None:
         """Read the text: set `train`, `held_out` and `digest`."""
         config = self.config
-        corpus = load_corpus(config.text, self.tokenizer, field=config.field)  # one process prepares it
+        try:
+            corpus = load_corpus(config.text, self.tokenizer, field=config.field)  # one process prepares it
+        except ValueError as error:
+            if not is_pairs(config.text, config.field):
+                raise
+            raise ValueError(
+                f"{config.text!r} has prompt/answer pairs, not documents: train on it with objective='finetune'"
+            ) from error
         self.train = corpus.blocks("train", config.length, config.train_blocks)
         self.held_out = corpus.blocks("validation", config.length, config.eval_blocks)
         self.digest = corpus.facts["digest"]

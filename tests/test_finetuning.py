@@ -286,6 +286,13 @@ def test_a_teacher_is_refused(tmp_path):
         train(*tiny_diffusion(), pairs_config(tmp_path, distill=4.0))
 
 
+def test_pairs_without_the_objective_are_told_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="has prompt/answer pairs, not documents: .*objective='finetune'"):
+        train(*tiny_diffusion(), pairs_config(tmp_path, objective="diffusion"))
+    with pytest.raises(ValueError, match="'docstrings' is a text without records"):
+        train(*tiny_diffusion(), pairs_config(tmp_path, text="docstrings"))
+
+
 def test_the_model_must_be_of_the_objective(tmp_path):
     tokenizer = tiny_tokenizer()
     with pytest.raises(ValueError, match="no \\[MASK\\] token"):
