@@ -71,6 +71,7 @@ class Pairs:
         limit: how many pairs to draw, all equally likely and none twice; None takes all. See `Blocks`.
 
     Attributes:
+        total: how many pairs the split has, dropped ones and those beyond the limit included.
         dropped: `[D]` where in `tokens` the pairs begin that are longer than `length`.
         longest: the number of tokens of the longest pair, dropped or not, begin and end token included.
         answers: `[N]` the tokens of answers in each pair, end token included.
@@ -81,7 +82,7 @@ class Pairs:
         ends = np.flatnonzero(roles == END) + 1
         sizes = np.diff(ends, prepend=0)
         fits = sizes < length  # the begin token needs a place, too
-        self.dropped, self.longest = (ends - sizes)[~fits], int(sizes.max(initial=0)) + 1
+        self.total, self.dropped, self.longest = len(ends), (ends - sizes)[~fits], int(sizes.max(initial=0)) + 1
         answers = np.add.reduceat(roles != PROMPT, ends - sizes, dtype=np.int64) if len(ends) else ends
         kept = np.flatnonzero(fits)
         if limit is not None and limit < len(kept):
@@ -130,9 +131,8 @@ class Pairs:
         if not len(self.dropped):
             return ""
         first = decode(tokenizer, self.tokens[self.dropped[0] :][:16].tolist())
-        total = len(self.dropped) + len(self)
         return (
-            f"{len(self.dropped)} of {total} {split} pairs are longer than length={self.length} and left out, the "
+            f"{len(self.dropped)} of {self.total} {split} pairs are longer than length={self.length} and left out, the "
             f"first one begins {first!r}; the longest has {self.longest} tokens"
         )
 
@@ -223,7 +223,7 @@ def is_pairs(source: str, field: str = RunConfig.field) -> bool:
 
 
 def _forms_in(record: dict) -> list[tuple[str, ...]]:
-    return [form for form in FORMS if all(name in record for name in form)]
+    return [form for form in FORMS if all(record.get(name) is not None for name in form)]
 
 
 def _named(forms: Iterable[tuple[str, ...]]) -> str:
@@ -253,7 +253,7 @@ def _fields_of(record: dict, field: str, tokenizer: PreTrainedTokenizerBase, pla
 
 def _pair(record: dict, fields: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> Pair:
     for name in fields:
-        if name not in record:
+        if record.get(name) is None:  # a parquet file has every field in each row
             raise MissingField(name, record)
     if len(fields) == 1:
         return Pair(_chat_pieces(tokenizer, record[fields[0]]), chat=True)

@@ -287,7 +287,7 @@ def test_a_teacher_is_refused(tmp_path):
 
 
 def test_pairs_without_the_objective_are_told_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match="has prompt/answer pairs, not documents: .*objective='finetune'"):
+    with pytest.raises(ValueError, match=r"has prompt/answer pairs, not documents: .*objective='finetune'"):
         train(*tiny_diffusion(), pairs_config(tmp_path, objective="diffusion"))
     with pytest.raises(ValueError, match="'docstrings' is a text without records"):
         train(*tiny_diffusion(), pairs_config(tmp_path, text="docstrings"))

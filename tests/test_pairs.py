@@ -57,6 +57,17 @@ def test_pairs_are_read_from_json_lines_parquet_and_folders_of_parquet(tmp_path,
     assert is_pairs(str(source))
 
 
+def test_a_field_that_is_null_is_none(tmp_path):
+    """As a parquet file has it, where records of two kinds stand together."""
+    rows = [{**PAIRS[0], "messages": None}, {"prompt": "a", "response": None, "messages": None}]
+    skips = Skips()
+    assert len(list(read_pairs(write_parquet(tmp_path / "p.parquet", rows), tiny_tokenizer(), skips=skips))) == 1
+    assert skips.reasons == {"no field 'response'": 1}
+    mixed = [rows[0], {"prompt": None, "response": None, "messages": conversation("a", "b")}]
+    with pytest.raises(ValueError, match=r"p\.jsonl:2 has messages, those before it have prompt/response"):
+        list(read_pairs(write_lines(tmp_path / "p.jsonl", mixed), tiny_tokenizer()))
+
+
 def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):
     source = write_lines(tmp_path / "p.jsonl", [codecs.BOM_UTF8 + json.dumps(PAIRS[0]).encode(), PAIRS[1]])
     assert next(read_pairs(source, tiny_tokenizer())).pieces[0][0] == PAIRS[0]["prompt"]
@@ -152,6 +163,7 @@ def test_pairs_that_are_too_long_are_left_out_and_told(tmp_path):
     assert short.longest == every.longest and every.about_dropped(tokenizer, split) == ""
     said = short.about_dropped(tokenizer, split)
     assert said.startswith(f"1 of {len(every)} {split} pairs are longer than length=40") and "A very long" in said
+    assert corpus.pairs(split, 40, limit=1).about_dropped(tokenizer, split) == said
     assert len(corpus.pairs(split, every.longest)) == len(every) > len(corpus.pairs(split, every.longest - 1))
     with pytest.raises(ValueError, match=f"the longest of {len(every)} has {every.longest}: use a greater length"):
         corpus.pairs(split, 3)
