@@ -23,7 +23,7 @@ from .machine import autocast
 from .objective import seeded
 from .pairs import Pairs
 from .sampling import draw, generate
-from .tokens import begin_id, unused_ids
+from .tokens import begin_id, decode, unused_ids
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,8 @@ def answer_quality(
         gaps = [min(pairs.longest_answer, pairs.length - 1 - len(prompt)) for prompt in prompts]
         with eval_mode(model):
             answers += answer_all(model, tokenizer, prompts, gaps, temperature, seed + start, precision)
-    truth, texts = ([_until_end(tokenizer, ids) for ids in side] for side in ([ids for _, ids in given], answers))
+    texts = [_until_end(tokenizer, ids, prompt) for ids, (prompt, _) in zip(answers, given, strict=True)]
+    truth = [_until_end(tokenizer, ids, prompt) for prompt, ids in given]
     match = np.array([float(wanted.strip() == got.strip()) for wanted, got in zip(truth, texts, strict=True)])
     return AnswerQuality({"exact_match": match, **_rouge(truth, texts, ("rougeL",))}, texts, pairs.documents)
 
@@ -271,7 +272,7 @@ def _answer_in_order(model, tokenizer, prompts, gaps, temperature, seed, precisi
     return [row[:gap] for row, gap in zip(filled, gaps, strict=True)]
 
 
-def _until_end(tokenizer, ids: Tensor) -> str:
+def _until_end(tokenizer, ids: Tensor, prompt: Tensor) -> str:
     """The text of an answer up to its end token."""
     end = (ids == begin_id(tokenizer)).nonzero()
-    return tokenizer.decode(ids[: int(end[0])] if len(end) else ids, skip_special_tokens=True)
+    return decode(tokenizer, ids[: int(end[0])].tolist() if len(end) else ids.tolist(), before=prompt.tolist())

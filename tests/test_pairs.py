@@ -12,6 +12,7 @@ from dalm_utils.pairs import Pairs, chat_prompt, is_pairs, load_pairs, read_pair
 from dalm_utils.tokens import decode, encode
 from tests.helpers import END, number_word, tiny_tokenizer
 from tests.test_documents import write_lines, write_parquet
+from tests.test_tokens import PREFIXING
 
 PAIRS = [{"prompt": f"Return the {number_word(n)} of", "response": f" axis {n % 7}"} for n in range(40)]
 CHAT = (
@@ -141,6 +142,18 @@ def test_the_tokens_of_a_pair_are_those_of_its_texts_and_an_end_token(tmp_path):
         answer = found[pair["prompt"]]
         assert answer[-1] == tokenizer.bos_token_id  # `generate(stop_at_end=True)` stops there
         assert answer[:-1] == encode(tokenizer, [pair["response"]], inside=True)[0]
+
+
+@pytest.mark.parametrize("kind", PREFIXING)
+def test_no_space_is_added_between_prompt_and_answer_or_lost(tmp_path, kind):
+    """Also by tokenizers that put a space before every text."""
+    tokenizer = PREFIXING[kind]()
+    halves = [("Return the su", "m of a matrix"), ("Return", " the  mean"), ("Return the ", "sum"), (" Return", "ing")]
+    source = write_lines(tmp_path / "p.jsonl", [{"prompt": first, "response": rest} for first, rest in halves])
+    pairs = all_pairs(load_pairs(source, tokenizer, cache=tmp_path))
+    assert {decode(tokenizer, [*prompt, *answer[:-1]]) for _, prompt, answer in pairs} == {a + b for a, b in halves}
+    for _, prompt, answer in pairs:
+        assert (decode(tokenizer, prompt), decode(tokenizer, answer[:-1], before=prompt)) in halves
 
 
 def test_rows_begin_with_the_begin_token_and_are_padded_on_the_right():
