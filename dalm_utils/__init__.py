@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from .history import History
     from .hubs import BASES
     from .objective import DiffusionLoss, corrupt, diffusion_loss, sample_times
-    from .quality import infilling, text_quality
+    from .pairs import chat_prompt, load_pairs
+    from .quality import answer_quality, infilling, text_quality
     from .run import build
     from .sampling import Samples, generate
     from .training import train, train_arms
@@ -36,10 +37,12 @@ __all__ = [
     "Samples",
     "anneal_ratio",
     "annealed_mask",
+    "answer_quality",
     "ar_nll",
     "as_diffusion",
     "build",
     "by_time",
+    "chat_prompt",
     "check_attention",
     "continuation_nelbo",
     "corrupt",
@@ -50,6 +53,7 @@ __all__ = [
     "load_config",
     "load_corpus",
     "load_diffusion",
+    "load_pairs",
     "nelbo",
     "paired_difference",
     "sample_times",
@@ -61,8 +65,8 @@ __all__ = [
 
 
 _MODULES = (
-    "annealing", "backbone", "config", "corpus", "evaluation", "history", "hubs", "objective", "quality", "run",
-    "sampling", "training",
+    "annealing", "backbone", "config", "corpus", "evaluation", "history", "hubs", "objective", "pairs", "quality",
+    "run", "sampling", "training",
 )  # fmt: skip
 
 

@@ -275,13 +275,15 @@ def _sample(options: argparse.Namespace) -> None:
 
 # --------------------------------------------------------------------------------------------- evaluate
 def _add_evaluate(commands) -> None:
-    command = commands.add_parser("evaluate", help="held-out likelihood, infilling and text quality of a model")
+    command = commands.add_parser(
+        "evaluate", help="held-out likelihood, infilling and text quality of a model; its answers, if the text is pairs"
+    )
     command.add_argument("model", help="a diffusion or AR model: a folder, a shipped name or a hub id")
     command.add_argument("--text", help="by default the text that the model was trained on, else docstrings")
     command.add_argument("--field", help="the field of the text that holds a document")
     command.add_argument("--split", default="test", choices=("train", "validation", "test"))
     command.add_argument("--length", type=int, help="tokens per block; by default as in the model's training, else 256")
-    command.add_argument("--blocks", type=int, default=96)
+    command.add_argument("--blocks", type=int, default=96, help="blocks, or pairs, to score")
     command.add_argument("--samples", type=int, default=8, help="masks drawn per block")
     command.add_argument("--infill", type=int, nargs="?", const=16, metavar="GAP", help="restore gaps of GAP tokens")
     command.add_argument("--quality", type=int, nargs="?", const=16, metavar="N", help="generate N texts; judge them")
@@ -294,11 +296,15 @@ def _evaluate(options: argparse.Namespace) -> None:
     from .backbone import load_base
     from .corpus import load_corpus
     from .hubs import find
+    from .pairs import is_pairs
 
     place = find(options.model, "auto", None)
     origin = _origin(place)
     model, tokenizer = load_base(str(place), hub="local", device="auto")
     _complete(options, origin, model)
+    if is_pairs(options.text, options.field):
+        _evaluate_pairs(options, model, tokenizer)
+        return
     judge = _load_judge(options, origin, model, tokenizer) if options.quality else None
     corpus = load_corpus(options.text, tokenizer, field=options.field)
     blocks = corpus.blocks(options.split, options.length, options.blocks)
@@ -307,13 +313,36 @@ def _evaluate(options: argparse.Namespace) -> None:
         figures |= _infilling_figures(model, tokenizer, blocks, options.infill)
     if options.quality:
         figures |= _quality_figures(model, tokenizer, blocks, judge, options)
+    _show(options, kind, f"{len(blocks)} {options.split} blocks of {options.length} tokens", len(blocks), figures)
+
+
+def _evaluate_pairs(options: argparse.Namespace, model, tokenizer) -> None:
+    """Answers given their prompts: their likelihood, and those that the model gives."""
+    from .pairs import load_pairs
+    from .quality import answer_quality
+
+    if options.infill or options.quality:
+        raise ValueError("--infill and --quality are for texts, but the text is prompt/answer pairs; leave them out")
+    corpus = load_pairs(options.text, tokenizer, field=options.field)
+    pairs = corpus.pairs(options.split, options.length, options.blocks)
+    kind, figures = _likelihood_figures(model, tokenizer, pairs, options.samples)
+    quality = answer_quality(model, tokenizer, pairs, progress=True)
+    for name, mean in quality.mean.items():
+        figures |= {name: mean, f"{name}_stderr": quality.stderr[name]}
+    _show(options, f"conditional {kind}", f"{len(pairs)} {options.split} pairs", len(pairs), figures)
+    dropped = pairs.about_dropped(tokenizer, options.split)
+    if dropped:
+        print(dropped, file=sys.stderr)
+
+
+def _show(options: argparse.Namespace, kind: str, scored: str, count: int, figures: dict) -> None:
+    """Print the figures as a table, or as one JSON object."""
     figures = {name: _finite(value) for name, value in figures.items()}
     if options.json:
         asked = {name: getattr(options, name) for name in ("model", "text", "field", "split", "length")}
-        print(json.dumps({**asked, "blocks": len(blocks), "likelihood": kind, **figures}))
+        print(json.dumps({**asked, "blocks": count, "likelihood": kind, **figures}))
     else:
-        split = f"{len(blocks)} {options.split} blocks of {options.length} tokens of {options.text!r}"
-        print(f"{kind} on {split}: {options.model}\n{_table(figures)}")
+        print(f"{kind} on {scored} of {options.text!r}: {options.model}\n{_table(figures)}")
 
 
 def _origin(place: Path) -> dict:
@@ -405,7 +434,7 @@ def _ar_base(origin: dict) -> str:
 
     base = origin.get("base", "tiny-gpt2")
     earlier = _origin(find(base, "auto", None))
-    return _ar_base(earlier) if earlier.get("objective") == "diffusion" else base
+    return _ar_base(earlier) if earlier.get("objective") in ("diffusion", "finetune") else base
 
 
 def _quality_figures(model, tokenizer, blocks, judge, options) -> dict:
@@ -436,7 +465,11 @@ def _add_data(commands) -> None:
         help="docstrings, mathematics, arxiv, arxiv:2 (two of its 15 shards), a .jsonl or .parquet file, or a folder; "
         "or smollm2: a small pretrained model",
     )  # fmt: skip
-    command.add_argument("--field", default="text", help="the field that holds a document; without a text, article")
+    command.add_argument(
+        "--field", default="text",
+        help="the field that holds a document (without a text, article), or the two of a pair: question,answer",
+    )  # fmt: skip
+    command.add_argument("--length", type=int, default=256, help="tokens of a sequence, which a pair must fit into")
     command.add_argument("--hub", help="where arxiv comes from: huggingface (default), modelscope[/OWNER/NAME]")
     command.add_argument("--tokenizer", default="tiny-gpt2", help="the model whose tokenizer to use")
     command.add_argument("--json", action="store_true", help="print one JSON object")
@@ -447,6 +480,7 @@ def _data(options: argparse.Namespace) -> None:
     from .arxiv import ArxivSet
     from .backbone import load_tokenizer
     from .corpus import load_corpus
+    from .pairs import is_pairs, load_pairs
 
     if options.text == "smollm2":
         _fetch_smollm2()
@@ -454,14 +488,18 @@ def _data(options: argparse.Namespace) -> None:
     source = f"{options.text}@{options.hub}" if options.hub else options.text
     if options.hub and ArxivSet.parse(source) is None:
         raise ValueError(f"--hub says where arxiv comes from, and {options.text!r} does not come from a hub")
-    corpus = load_corpus(source, load_tokenizer(options.tokenizer), field=options.field)
+    pairs, tokenizer = is_pairs(source, options.field), load_tokenizer(options.tokenizer)
+    corpus = (load_pairs if pairs else load_corpus)(source, tokenizer, field=options.field)
+    fit = _fitting(corpus, options.length) if pairs else {}
     if options.json:
-        print(json.dumps({**corpus.facts, "folder": corpus.folder.name}))
+        print(json.dumps({**corpus.facts, **fit, "folder": corpus.folder.name}))
         return
-    print("\n".join(_describe(corpus.facts)))
+    print("\n".join(_describe_pairs(corpus, fit, tokenizer) if pairs else _describe(corpus.facts)))
     print(f"The tokens, of {options.tokenizer}, are in {display_path(corpus.folder)}; facts.json there says more.")
     path = os.path.abspath(source) if os.path.exists(source) else source
     settings = {"text": path, "field": options.field, "base": options.tokenizer}
+    if pairs:
+        settings |= {"objective": "finetune", "length": str(options.length)}
     variables = " ".join(f"DALM_{name.upper()}={shlex.quote(value)}" for name, value in settings.items())
     print(f"To train on it in a notebook, set {variables}; in a terminal:")
     print(f"python -m dalm_utils train gpt2 {shlex.join(f'{name}={value}' for name, value in settings.items())}")
@@ -477,9 +515,36 @@ def _describe(facts: dict) -> list[str]:
     for split, tokens in facts["tokens"].items():
         documents, size = facts["documents"][split], facts["bytes"][split] / 1e6
         lines += [f"{split:<12}{documents:>12,}{tokens:>16,}{size:>10.1f}"]
+    return [*lines, *_left_out(facts)]
+
+
+def _left_out(facts: dict) -> list[str]:
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in facts["skipped"].items())
-    lines += [f"copies dropped: {facts.get('copies', 'not counted')}; skipped: {skipped or 'none'}"]
-    return [*lines, *(f"    {place}" for place in facts["skipped_at"])]
+    first = f"copies dropped: {facts.get('copies', 'not counted')}; skipped: {skipped or 'none'}"
+    return [first, *(f"    {place}" for place in facts["skipped_at"])]
+
+
+def _fitting(corpus, length: int) -> dict:
+    """How many pairs of each split fit into `length` tokens, and the tokens of the longest."""
+    splits = {split: corpus.all_pairs(split, length) for split in corpus.facts["tokens"]}
+    return {
+        "length": length,
+        "fit": {split: len(pairs) for split, pairs in splits.items()},
+        "longest": max(pairs.longest for pairs in splits.values()),
+    }
+
+
+def _describe_pairs(corpus, fit: dict, tokenizer) -> list[str]:
+    """Pairs in a few lines: how many there are and fit, and what was left out."""
+    facts = corpus.facts
+    lines = [f"{facts['name']}: {sum(facts['documents'].values()):,} pairs, split by {facts['split_by']}"]
+    fitting = f"fit into {fit['length']}"
+    lines += [f"{'':12}{'pairs':>12}{fitting:>16}{'tokens':>16}{'of answers':>16}"]
+    for split, count in facts["documents"].items():
+        columns = (fit["fit"][split], facts["tokens"][split], facts["answers"][split])
+        lines += [f"{split:<12}{count:>12,}" + "".join(f"{value:>16,}" for value in columns)]
+    notes = (corpus.all_pairs(split, fit["length"]).about_dropped(tokenizer, split) for split in facts["documents"])
+    return [*lines, f"the longest pair has {fit['longest']:,} tokens", *filter(None, notes), *_left_out(facts)]
 
 
 def _fetch_smollm2() -> None:

@@ -197,6 +197,11 @@ def require_mask_id(model: nn.Module) -> int:
     return mask_id
 
 
+def transformer_blocks(model: nn.Module) -> nn.ModuleList:
+    """The model's blocks: its longest list of modules."""
+    return max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
+
+
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """A model without dropout, inside of a `with` statement."""

@@ -41,6 +41,9 @@ def display_path(path: str | Path) -> str:
     return os.path.abspath(path) if relative.startswith(os.pardir) else relative
 
 
+Objective = Literal["diffusion", "ar", "finetune", "finetune-ar"]  # see `tasks.TASKS`
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Every setting of one training run. Immutable: use `replace` to make a changed copy."""
@@ -51,11 +54,11 @@ class RunConfig:
     base: str = "tiny-gpt2"  # a folder in checkpoints/base, any local folder, or a hub id, also id@revision
     hub: Literal["auto", "huggingface", "modelscope", "local"] = "auto"  # where to look for the base
     text: str = "docstrings"  # docstrings, mathematics, arxiv, a .jsonl or .parquet file, or a folder of text files
-    field: str = "text"  # the field of a record that holds the document
-    train_blocks: int | None = None  # train on this many blocks of the text (None: all)
+    field: str = "text"  # the field of a record that holds the document; "question,answer" for pairs
+    train_blocks: int | None = None  # train on this many blocks, or pairs, of the text (None: all)
 
     # the objective
-    objective: Literal["diffusion", "ar"] = "diffusion"  # ar: the next-token loss, which makes the bases
+    objective: Objective = "diffusion"  # finetune: answers of prompt/answer pairs; ar: the next token, makes bases
     scratch: bool = False  # start from random weights instead of the base's
     shift: bool = True  # the logits at i-1 predict token i, as in the AR model
     anneal_steps: int = 10_000  # steps over which the causal mask opens
@@ -65,6 +68,8 @@ class RunConfig:
     distill: float = 0.0  # weight of the frozen base's prediction in the target; the token itself has weight 1
     distill_fit: bool = False  # lower that weight to what the base's predictions of this text are worth
     distill_steps: int | None = None  # steps over which that weight falls to 0 (None: the whole run)
+
+    lora_rank: int = 0  # train adapters of this rank (LoRA), and [MASK]'s embedding; 0: all weights
 
     # the optimizer
     length: int = 512  # tokens in a block, including the begin token
@@ -118,7 +123,7 @@ class RunConfig:
         for name in ("steps", "train_blocks", "patience", "distill_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, or None, got {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay", "sample_every", "seed", "distill"):
+        for name in ("warmup_steps", "weight_decay", "sample_every", "seed", "distill", "lora_rank"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("dropout", "beta2", "eps"):

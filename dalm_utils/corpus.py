@@ -180,15 +180,27 @@ def load_corpus(
         OSError: the cache cannot be written.
     """
     facts = {"version": VERSION, "source": identify(source, field), "tokenizer": tokenizer_digest(tokenizer)}
-    facts["fingerprint"] = digest(json.dumps(facts, sort_keys=True))[:12]
+    folder, facts = prepared(source, facts, cache, lambda place, facts: _write(place, source, field, tokenizer, facts))
+    return Corpus(folder, facts, begin_id(tokenizer))
+
+
+def prepared(
+    source: str, facts: dict, cache: str | Path | None, write: Callable[[Path, dict], None]
+) -> tuple[Path, dict]:
+    """The folder that `write(folder, facts)` fills, from the cache if it is there, and the facts that it wrote.
+
+    Args:
+        facts: what the content depends on; they name the folder.
+    """
+    facts = {**facts, "fingerprint": digest(json.dumps(facts, sort_keys=True))[:12]}
     cache = Path(cache or cache_folder())
     folder = cache / f"{short_name(source)}-{facts['fingerprint']}"
     if not _is_whole(folder):
         require_writable(cache, ", where prepared texts are kept; DALM_CACHE names another folder")
         with _alone(folder):
             if not _is_whole(folder):  # another process may have made it meanwhile
-                write_whole(folder, lambda place: _write(place, source, field, tokenizer, facts))
-    return Corpus(folder, json.loads((folder / "facts.json").read_text()), begin_id(tokenizer))
+                write_whole(folder, lambda place: write(place, facts))
+    return folder, json.loads((folder / "facts.json").read_text())
 
 
 def _is_whole(folder: Path) -> bool:

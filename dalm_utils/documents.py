@@ -121,6 +121,31 @@ def documents(source: str, field: str = "text", skips: Skips | None = None) -> I
             skips.add(place, error)
 
 
+def records(source: str, skips: Skips) -> Iterator[tuple[str, dict]]:
+    """The records of a .jsonl or .parquet file, or of a folder of .parquet files, each with its place, in order.
+
+    Raises:
+        FileNotFoundError, ValueError: as `documents`; or a source of texts, which has no records.
+    """
+    if source in PACKAGES or arxiv.ArxivSet.parse(source):
+        raise ValueError(f"{source!r} is a text without records; give a .jsonl or .parquet file")
+    path = _locate(source)
+    files = _files(path)
+    parquet = files[0].suffix == ".parquet"
+    if not parquet and not path.is_file():
+        raise ValueError(f"{source!r} is a folder of texts without records; give a .jsonl or .parquet file")
+    opened: Iterator[tuple[str, int, Any]] = _rows_on_disk(files, "") if parquet else _numbered_lines(path)
+    for place, size, raw in opened:
+        skips.read += 1
+        skips.bytes += size
+        try:
+            record = _record(raw) if parquet else _parse_json(raw)
+        except ValueError as error:
+            skips.add(place, error)
+        else:
+            yield place, record
+
+
 def _open(source: str, field: str) -> tuple[Iterator[tuple[str, int, Any]], Callable[[Any], str]]:
     """The records of a source as (place, bytes, raw), and the function that makes a raw one a text."""
     wanted = arxiv.ArxivSet.parse(source)
@@ -234,6 +259,10 @@ def _parse_text(raw: bytes) -> str:
 
 
 def _parse_json_line(raw: bytes, field: str) -> str:
+    return _text_of(_parse_json(raw), field)
+
+
+def _parse_json(raw: bytes) -> dict:
     text = _parse_text(raw)
     try:
         record = json.loads(text)
@@ -241,12 +270,18 @@ def _parse_json_line(raw: bytes, field: str) -> str:
         raise ValueError("not JSON") from None
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
-    return _text_of(record, field)
+    return record
 
 
-def _text_of(record: dict | bytes, field: str) -> str:
-    if isinstance(record, bytes):
+def _record(row: dict | bytes) -> dict:
+    """A row of a parquet file; bytes stand for a file without any."""
+    if isinstance(row, bytes):
         raise ValueError("empty document")
+    return row
+
+
+def _text_of(row: dict | bytes, field: str) -> str:
+    record = _record(row)
     if field == "text" and field not in record and arxiv.FIELD in record:
         field = arxiv.FIELD
     if field not in record:
@@ -363,10 +398,10 @@ def drop_near_copies(texts: Iterable[str], width: int = 8, fraction: float = 0.5
 
 def split_of(text: str) -> str:
     """The split a document belongs to, by a hash of its normalised form: stable, and the same for all copies."""
-    return _split_at(digest(normalise(text)))
+    return split_at(digest(normalise(text)))
 
 
-def _split_at(key: str) -> str:
+def split_at(key: str) -> str:
     """The split that a hash, in hexadecimal, falls into."""
     bucket = int(key[:8], 16) % 100
     for split, percent in HELD_OUT.items():
@@ -401,16 +436,16 @@ def split_few(texts: Iterable[str]) -> SplitRule:
         if len(exact) < FEW:
             exact.append(digest(text))
     documents = same_words.total()
-    by_words = _held_out_by_rank(same_words)
+    by_words = held_out_by_rank(same_words)
     if len(set(by_words.values())) == min(documents, len(SPLITS)) - 1:
         return SplitRule("rank of words", lambda text: by_words.get(digest(normalise(text)), "train"))
     if documents >= FEW:
-        return SplitRule("text", lambda text: _split_at(digest(text)))
-    by_text = _held_out_by_rank(Counter(exact))
+        return SplitRule("text", lambda text: split_at(digest(text)))
+    by_text = held_out_by_rank(Counter(exact))
     return SplitRule("rank of text", lambda text: by_text.get(digest(text), "train"))
 
 
-def _held_out_by_rank(sizes: dict[str, int]) -> dict[str, str]:
+def held_out_by_rank(sizes: dict[str, int]) -> dict[str, str]:
     """The split of each hash that is held out. `sizes` counts the documents of each, which go together."""
     documents, splits = sum(sizes.values()), {}
     for split, needed in (("validation", 2), ("test", 3)):
@@ -441,7 +476,7 @@ def clean_documents(source: str, field: str = "text", skips: Skips | None = None
 def _drop_copies(texts: Iterable[str], skips: Skips) -> Iterator[str]:
     seen = set()
     for text in texts:
-        key = bytes.fromhex(digest(_content(text)))
+        key = bytes.fromhex(digest(content_of(text)))
         if key in seen:
             skips.copies += 1
             continue
@@ -449,7 +484,7 @@ def _drop_copies(texts: Iterable[str], skips: Skips) -> Iterator[str]:
         yield text
 
 
-def _content(text: str) -> str:
+def content_of(text: str) -> str:
     """What two documents share if one of them is a copy.
 
     The words, where they say nearly everything; with more than one number in `MIN_WORDS` words everything but case

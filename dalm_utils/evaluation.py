@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from .backbone import check_fits, eval_mode, hidden_states, predicting_states, r
 from .head import chunk_rows, logits_of, mask_id_of
 from .machine import autocast
 from .objective import default_maskable, diffusion_loss, seeded
+from .pairs import Pairs
 from .tokens import begin_id, encode
 
 
@@ -42,20 +45,24 @@ def standard_error(values: np.ndarray, documents: np.ndarray | None = None) -> f
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over blocks, in nats per token, with its standard error over documents (see `standard_error`)."""
+    """A mean over tokens, in nats per token, with its standard error over documents (see `standard_error`)."""
 
     per_block: np.ndarray  # [N] nats per token of each block
     tokens: int  # predicted tokens in all
     bytes: int  # of the text they spell
     documents: np.ndarray | None = None  # [N] equal for blocks of the same document; None where it is not known
+    sizes: np.ndarray | None = None  # [N] predicted tokens of each block; None where all have equally many
 
     @property
     def mean(self) -> float:
-        return float(self.per_block.mean())
+        return float(np.average(self.per_block, weights=self.sizes))
 
     @property
     def stderr(self) -> float:
-        return standard_error(self.per_block, self.documents)
+        """Of a mean over tokens where blocks have more or fewer of them: of its linearisation, a ratio of two sums."""
+        if self.sizes is None:
+            return standard_error(self.per_block, self.documents)
+        return standard_error(self.sizes / self.sizes.mean() * (self.per_block - self.mean), self.documents)
 
     @property
     def bits_per_byte(self) -> float:
@@ -74,7 +81,7 @@ class Estimate:
 def nelbo(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    blocks: Sequence[Tensor] | Tensor,
+    blocks: Sequence[Tensor] | Tensor | Pairs,
     *,
     num_samples: int = 8,
     seed: int = 0,
@@ -89,9 +96,13 @@ def nelbo(
     Each block draws `num_samples` values of k, one from each stratum of 1..n, and one set for each:
     unbiased, with much less variance than drawing times and coins.  The same seed gives every model the same masks.
 
+    Of `Pairs` it is the conditional NELBO, of answers given their prompts, per answer token: only answers, and the end
+    token after them, are ever masked. Their number of tokens is given, as the number of [MASK] tokens; an AR model has
+    to predict it, by the end token.
+
     Args:
         blocks: `[N, L]` long, or a sequence of `[L]`; position 0 is the begin token. From `Blocks` the standard error
-            knows which of them lie in the same document.
+            knows which of them lie in the same document, from `Pairs` which have the same prompt.
         num_samples: masks drawn per block.
         batch_size: sequences in one forward pass.
         precision: of the trunk's matrix products (the head runs in its weights' dtype); see `RunConfig.precision`.
@@ -100,24 +111,27 @@ def nelbo(
     Raises:
         ValueError: a model without [MASK], blocks longer than the model can see, or no sample.
     """
-    documents, blocks = documents_of(blocks), stack(blocks)
-    check_fits(model, tokenizer, blocks.shape[1])
-    sets = _random_sets(len(blocks), blocks.shape[1] - 1, num_samples, seeded(seed, 0, "nelbo"))
+    scored = _Scored.of(blocks)
+    check_fits(model, tokenizer, scored.tokens.shape[1])
+    sets = _random_sets(scored.maskable[:, 1:], num_samples, seeded(seed, 0, "nelbo"))
     masked = F.pad(sets, (1, 0))  # position 0 begins the block and never counts
-    tokens = blocks.repeat_interleave(num_samples, 0)
+    tokens = scored.tokens.repeat_interleave(num_samples, 0)
+    real = None if scored.real is None else scored.real.repeat_interleave(num_samples, 0)
     noised = torch.where(masked, require_mask_id(model), tokens)
-    means = _token_means(model, tokens, noised, masked, None, batch_size, precision, progress)
-    return _estimate(means.view(-1, num_samples).mean(1), tokenizer, blocks, documents)
+    means = _token_means(model, tokens, noised, masked, None, batch_size, precision, progress, real)
+    return scored.estimate(means.view(-1, num_samples).mean(1), tokenizer)
 
 
-def _random_sets(rows: int, n: int, num_samples: int, draws: torch.Generator) -> Tensor:
-    """Sets of n positions, `[rows * S, n]` bool: for each row S sizes, one from each stratum of 1..n."""
+def _random_sets(maskable: Tensor, num_samples: int, draws: torch.Generator) -> Tensor:
+    """Sets of maskable positions, `[N * S, L]` bool: for each row `[L]` S sizes, one from each stratum of 1..n."""
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    rows, counts = len(maskable), maskable.sum(1, keepdim=True)  # [N, 1]
     strata = (torch.arange(num_samples) + torch.rand(rows, num_samples, generator=draws)) / num_samples
-    sizes = (1 + (strata * n).long()).clamp(max=n).view(-1, 1)  # [rows * S, 1], each in 1..n
-    order = torch.rand(rows * num_samples, n, generator=draws).argsort(-1).argsort(-1)
-    return order < sizes
+    sizes = (1 + (strata * counts).long()).minimum(counts).view(-1, 1)  # [N * S, 1], each in 1..n
+    order = torch.rand(rows * num_samples, maskable.shape[1], generator=draws)
+    order = order.masked_fill(~maskable.repeat_interleave(num_samples, 0), 2.0)  # the others come last
+    return order.argsort(-1).argsort(-1) < sizes
 
 
 @torch.no_grad()
@@ -149,7 +163,8 @@ def continuation_nelbo(
     if not after:
         raise ValueError(f"the continuation {continuation!r} has no token to score")
     check_fits(model, tokenizer, 1 + len(before) + len(after))
-    sets = _random_sets(1, len(after), num_samples, seeded(seed, len(after), "continuation"))
+    every = torch.ones(1, len(after), dtype=torch.bool)
+    sets = _random_sets(every, num_samples, seeded(seed, len(after), "continuation"))
     sets, which = sets.unique(dim=0, return_inverse=True)  # a short continuation has few sets: score each once
     masked = F.pad(sets, (1 + len(before), 0))
     tokens = torch.tensor([[begin_id(tokenizer), *before, *after]]).repeat(len(masked), 1)
@@ -164,43 +179,63 @@ def continuation_nelbo(
 def ar_nll(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    blocks: Sequence[Tensor] | Tensor,
+    blocks: Sequence[Tensor] | Tensor | Pairs,
     *,
     batch_size: int = 32,
     precision: str = "auto",
     progress: bool = False,
 ) -> Estimate:
     """The negative log-likelihood per token of an autoregressive model, on the same tokens as `nelbo`."""
-    documents, blocks = documents_of(blocks), stack(blocks)
-    check_fits(model, tokenizer, blocks.shape[1])
-    causal = annealed_mask(blocks.shape[1], 0.0, dtype=model.dtype, device=model.device)
-    means = _token_means(model, blocks, blocks, default_maskable(blocks), causal, batch_size, precision, progress)
-    return _estimate(means, tokenizer, blocks, documents)
+    scored = _Scored.of(blocks)
+    tokens = scored.tokens
+    check_fits(model, tokenizer, tokens.shape[1])
+    causal = annealed_mask(tokens.shape[1], 0.0, dtype=model.dtype, device=model.device)
+    options = (causal, batch_size, precision, progress, scored.real)
+    return scored.estimate(_token_means(model, tokens, tokens, scored.maskable, *options), tokenizer)
 
 
-def _token_means(model, tokens, noised, masked, attention_mask, batch_size, precision, progress=False) -> Tensor:
+class _Scored(NamedTuple):
+    """The sequences of blocks or pairs, `[N, L]`, and which of their tokens are scored."""
+
+    tokens: Tensor
+    maskable: Tensor  # bool
+    real: Tensor | None  # bool: not padding; None: there is no padding
+    documents: np.ndarray | None  # [N] equal for blocks of the same document, and pairs with the same prompt
+
+    @classmethod
+    def of(cls, blocks: Sequence[Tensor] | Tensor | Pairs) -> _Scored:
+        if isinstance(blocks, Pairs):
+            return cls(*blocks[:].trimmed(), blocks.documents)
+        tokens = stack(blocks)
+        return cls(tokens, default_maskable(tokens), None, documents_of(blocks))
+
+    def estimate(self, means: Tensor, tokenizer: PreTrainedTokenizerBase) -> Estimate:
+        """From the mean -log p over the scored tokens of each sequence, `[N]`."""
+        scored = [row[kept] for row, kept in zip(self.tokens, self.maskable, strict=True)]
+        text = tokenizer.batch_decode(scored, skip_special_tokens=True)
+        num_bytes = sum(len(piece.encode("utf-8", "replace")) for piece in text)
+        sizes = None if self.real is None else self.maskable.sum(1).numpy()
+        return Estimate(means.numpy(), int(self.maskable.sum()), num_bytes, self.documents, sizes)
+
+
+def _token_means(
+    model, tokens, noised, masked, attention_mask, batch_size, precision, progress=False, real=None
+) -> Tensor:
     """The mean -log p over each sequence's masked tokens: `[N]` float64 on the CPU."""
     means = []
-    pieces = list(zip(tokens.split(batch_size), noised.split(batch_size), masked.split(batch_size), strict=True))
-    for piece in tqdm(pieces, "scoring", leave=False, disable=not progress):
-        x0, xt, hidden = (part.to(model.device) for part in piece)
+    columns = [x.split(batch_size) for x in (tokens, noised, masked, *([] if real is None else [real]))]
+    for piece in tqdm(list(zip(*columns, strict=True)), "scoring", leave=False, disable=not progress):
+        x0, xt, hidden, *rest = (part.to(model.device) for part in piece)
         with eval_mode(model), autocast(model.device, precision):
             ones = torch.ones(len(x0), device=model.device)
-            loss = diffusion_loss(model, x0, xt, hidden, ones, attention_mask=attention_mask)
+            how = dict(attention_mask=attention_mask, real=rest[0] if rest else None)
+            loss = diffusion_loss(model, x0, xt, hidden, ones, **how)
         rows = hidden.nonzero()[:, 0]
         sums = torch.zeros(len(x0), dtype=torch.float64, device=model.device).index_add_(
             0, rows, loss.token_nll.double()
         )
         means.append((sums / hidden.sum(1)).cpu())
     return torch.cat(means)
-
-
-def _estimate(
-    means: Tensor, tokenizer: PreTrainedTokenizerBase, blocks: Tensor, documents: np.ndarray | None
-) -> Estimate:
-    text = tokenizer.batch_decode(blocks[:, 1:], skip_special_tokens=True)
-    num_bytes = sum(len(piece.encode("utf-8", "replace")) for piece in text)
-    return Estimate(means.numpy(), blocks[:, 1:].numel(), num_bytes, documents)
 
 
 def stack(blocks: Sequence[Tensor] | Tensor) -> Tensor:
@@ -226,8 +261,10 @@ def paired_difference(first: Estimate, second: Estimate) -> tuple[float, float]:
             f"a paired difference needs two estimates on the same blocks, got {len(first.per_block)} and "
             f"{len(second.per_block)} blocks" + " of other documents" * (len(first.per_block) == len(second.per_block))
         )
-    difference = first.per_block - second.per_block
-    return float(difference.mean()), standard_error(difference, known[0] if known else None)
+    difference = dataclasses.replace(
+        first, per_block=first.per_block - second.per_block, documents=known[0] if known else None
+    )
+    return difference.mean, difference.stderr
 
 
 # ------------------------------------------------------------------------------------- by the fraction hidden

@@ -61,7 +61,7 @@ def weighted_nll(
     """
     head = model.get_output_embeddings()
     needs_grad = torch.is_grad_enabled()
-    dtype = _matmul_dtype(hidden) if needs_grad else head.weight.dtype  # scores are as in `logits_of`
+    dtype = matmul_dtype(hidden) if needs_grad else head.weight.dtype  # scores are as in `logits_of`
     teaching = None if teacher is None else (teacher_hidden, teacher.get_output_embeddings(), teacher_weight)
     with _without_autocast(hidden):
         return _WeightedNLL.apply(
@@ -86,8 +86,8 @@ class _WeightedNLL(torch.autograd.Function):
         nll = torch.empty(len(hidden), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
         loss = nll if teaching is None else torch.empty_like(nll)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=nll.dtype) if needs_grad else None
-        grad_bias = torch.zeros_like(bias, dtype=nll.dtype) if needs_grad and bias is not None else None
+        grad_weight = torch.zeros_like(weight, dtype=nll.dtype) if needs_grad and weight.requires_grad else None
+        grad_bias = torch.zeros_like(bias, dtype=nll.dtype) if bias is not None and grad_weight is not None else None
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             source, target = hidden[part].to(dtype), targets[part, None]  # [m, D], [m, 1]
@@ -111,6 +111,8 @@ class _WeightedNLL(torch.autograd.Function):
                     grad_logits[:, : teacher_probs.shape[1]].addcmul_(teacher_probs, teacher_weight, value=-1.0)
                 grad_logits = grad_logits.mul_(weights[part, None]).to(dtype)
                 grad_hidden[part] = grad_logits @ matrix
+                if grad_weight is None:
+                    continue  # a frozen head
                 if dtype == grad_weight.dtype:
                     grad_weight.addmm_(grad_logits[:, :vocab].T, source)  # without another [V, D]
                 else:
@@ -164,7 +166,7 @@ def _widen(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _matmul_dtype(tensor: Tensor) -> torch.dtype:
+def matmul_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which a matrix product of this tensor would run here, taking autocast into account."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if _is_autocast(kind) else tensor.dtype

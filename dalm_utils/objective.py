@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .annealing import annealed_mask
 from .backbone import hidden_states, predicting_states
-from .head import weighted_nll
+from .head import matmul_dtype, weighted_nll
 
 
 # ------------------------------------------------------------------------------------------------- drawing
@@ -110,13 +110,22 @@ class Batch:
     weights: Tensor  # [K] float32, 1/t
     normalizer: Tensor  # scalar: the divisor, counted over the global batch
     count: int
+    real: Tensor | None = None  # [B, L] bool: not padding, which nothing attends to; None: there is no padding
 
     @classmethod
-    def of(cls, tokens: Tensor, noised: Tensor, masked: Tensor, times: Tensor, normalizer: Tensor) -> Batch:
+    def of(
+        cls,
+        tokens: Tensor,
+        noised: Tensor,
+        masked: Tensor,
+        times: Tensor,
+        normalizer: Tensor,
+        real: Tensor | None = None,
+    ) -> Batch:
         """From `[B, L]` tokens, `[B, L]` bool masked and `[B]` times. On a GPU this waits for the device."""
         places = masked.flatten().nonzero()[:, 0]
         weights = (1.0 / times)[places // tokens.shape[1]]
-        return cls(noised, tokens, places, tokens.flatten()[places], weights, normalizer.float(), len(places))
+        return cls(noised, tokens, places, tokens.flatten()[places], weights, normalizer.float(), len(places), real)
 
     def rows(self, start: int, stop: int) -> Batch:
         """Sequences start to stop of a batch on the CPU; the normalizer stays that of the whole batch."""
@@ -126,7 +135,16 @@ class Batch:
         return dataclasses.replace(
             self, noised=self.noised[start:stop], tokens=self.tokens[start:stop], count=last - first,
             places=self.places[part] - start * length, targets=self.targets[part], weights=self.weights[part],
+            real=None if self.real is None else self.real[start:stop],
         )  # fmt: skip
+
+    def trimmed(self) -> Batch:
+        """The same batch on the CPU, without the columns on the right in which every sequence is padding."""
+        if self.real is None:
+            return self
+        length, kept = self.tokens.shape[1], int(self.real.any(0).nonzero().max()) + 1
+        cut = {name: getattr(self, name)[:, :kept] for name in ("noised", "tokens", "real")}
+        return dataclasses.replace(self, **cut, places=self.places // length * kept + self.places % length)
 
     def padded(self, capacity: int) -> Batch:
         """The same batch, padded to `capacity` places. Raises ValueError if it has more than that."""
@@ -191,6 +209,7 @@ def diffusion_loss(
     shift: bool | None = None,
     normalize: str = "maskable",
     maskable: Tensor | None = None,
+    real: Tensor | None = None,
     teacher: nn.Module | None = None,
     teacher_weight: float = 0.0,
 ) -> DiffusionLoss:
@@ -205,6 +224,7 @@ def diffusion_loss(
         attention_mask: additive `[1, 1, L, L]` from `annealed_mask`, or None.
         shift: whether the logits at i-1 predict token i; None takes the model's own setting.
         maskable: `[B, L]` bool; by default everything but position 0.
+        real: `[B, L]` bool: not padding; None where there is no padding.
         teacher, teacher_weight: see `batch_loss`.
 
     Raises:
@@ -220,11 +240,30 @@ def diffusion_loss(
         )
     maskable = default_maskable(tokens) if maskable is None else maskable
     counted = (maskable if normalize == "maskable" else masked).sum().clamp(min=1)
-    batch = Batch.of(tokens, noised, masked, times, counted)
+    batch = Batch.of(tokens, noised, masked, times, counted, real)
     return batch_loss(
         model, batch, attention_mask, shift=shift, teacher=teacher if teacher_weight else None,
         teacher_weight=torch.full((), teacher_weight, device=tokens.device),
     )  # fmt: skip
+
+
+def hide_padding(real: Tensor | None, attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """An additive attention mask under which nobody attends to padding, and else as under `attention_mask`.
+
+    Args:
+        real: `[B, L]` bool: not padding. Each row has a position that every query may see, such as the begin token:
+            a query that sees nothing would be NaN.
+        attention_mask: additive `[1, 1, L', L']` with L' >= L, or None.
+        dtype: in which attention runs.
+
+    Returns:
+        `[B, 1, L, L]`; `[B, 1, 1, L]` where there is padding alone; `attention_mask` where there is none.
+    """
+    if real is None:
+        return attention_mask
+    length = real.shape[1]
+    padding = torch.zeros(real.shape, dtype=dtype, device=real.device).masked_fill(~real, -math.inf)[:, None, None]
+    return padding if attention_mask is None else padding + attention_mask[..., :length, :length]
 
 
 def batch_loss(
@@ -239,14 +278,15 @@ def batch_loss(
     """The loss of a batch that is already on the model's device. Nothing here waits for that device.
 
     Args:
-        attention_mask: additive `[1, 1, L, L]`, or None: then the model uses its own attention.
+        attention_mask: additive `[1, 1, L', L']` with L' >= L, or None: then the model uses its own attention.
         shift: None takes the model's own setting.
         teacher: the AR model that `model` was made from, frozen. The target at i is then
             `(1 - w) * token + w * teacher's prediction of token i from the clean text before it`.
         teacher_weight: w, a float32 scalar in [0, 1] on the model's device.
     """
     # 1. The model reads the noised sequences.
-    hidden = hidden_states(model, batch.noised, attention_mask)  # [B, L, D]
+    dtype = matmul_dtype(model.get_input_embeddings().weight)
+    hidden = hidden_states(model, batch.noised, hide_padding(batch.real, attention_mask, dtype))  # [B, L, D]
 
     # 2. The states that predict the masked tokens: one position to the left under the shift.
     sources = predicting_states(model, hidden, batch.places, shift)  # [K, D]

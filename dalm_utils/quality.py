@@ -21,8 +21,9 @@ from .evaluation import ar_nll, documents_of, stack, standard_error
 from .head import logits_of, mask_id_of
 from .machine import autocast
 from .objective import seeded
+from .pairs import Pairs
 from .sampling import draw, generate
-from .tokens import begin_id, unused_ids
+from .tokens import begin_id, decode, unused_ids
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,23 @@ def _entropy(row: list[int]) -> float:
     return float(-(frequencies * np.log(frequencies)).sum())
 
 
+class _Averaged:
+    """Scores with their means and errors."""
+
+    per_block: dict[str, np.ndarray]
+    documents: np.ndarray | None
+
+    @property
+    def mean(self) -> dict[str, float]:
+        return {name: _mean_and_error(scores, self.documents)[0] for name, scores in self.per_block.items()}
+
+    @property
+    def stderr(self) -> dict[str, float]:
+        return {name: _mean_and_error(scores, self.documents)[1] for name, scores in self.per_block.items()}
+
+
 @dataclass(frozen=True)
-class InfillQuality:
+class InfillQuality(_Averaged):
     """How well gaps in held-out text are restored: scores between 0 and 1, higher is better.
 
     token_match is the fraction of a gap's tokens that are right, exact_match is 1 where all are; rouge1, rouge2 and
@@ -76,14 +92,6 @@ class InfillQuality:
     per_block: dict[str, np.ndarray]  # [N] of each score; NaN where a gap holds no word, or pair of words, to compare
     filled: Tensor  # [N, gap] long: the tokens that the model generated
     documents: np.ndarray | None = None  # [N] equal for blocks of the same document; None where it is not known
-
-    @property
-    def mean(self) -> dict[str, float]:
-        return {name: _mean_and_error(scores, self.documents)[0] for name, scores in self.per_block.items()}
-
-    @property
-    def stderr(self) -> dict[str, float]:
-        return {name: _mean_and_error(scores, self.documents)[1] for name, scores in self.per_block.items()}
 
 
 def _mean_and_error(scores: np.ndarray, documents: np.ndarray | None) -> tuple[float, float]:
@@ -167,14 +175,104 @@ def _continue(model, tokenizer, blocks, columns, temperature, seed, precision) -
 
 def _gap_scores(tokenizer, filled: Tensor, truth: Tensor) -> dict[str, np.ndarray]:
     """Every score of every gap; both `[N, gap]`."""
-    from rouge_score.rouge_scorer import RougeScorer  # slow to import, and nothing else needs it
-
     right = (filled == truth).double()
     scores = {"token_match": right.mean(1).numpy(), "exact_match": right.prod(1).numpy()}
-    kinds = ("rouge1", "rouge2", "rougeL")
+    wanted, got = (tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in (truth, filled))
+    return scores | _rouge(wanted, got, ("rouge1", "rouge2", "rougeL"))
+
+
+def _rouge(truth: list[str], texts: list[str], kinds: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """F1 of each kind; NaN for a true text without such n-grams, which scores 0 against itself."""
+    from rouge_score.rouge_scorer import RougeScorer  # slow to import, and nothing else needs it
+
     scorer = RougeScorer(kinds, use_stemmer=False)
-    texts = [tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in (truth, filled)]
-    rouge = [(scorer.score(wanted, got), scorer.score(wanted, wanted)) for wanted, got in zip(*texts, strict=True)]
-    for kind in kinds:  # a text without such n-grams scores 0 against itself: nothing can be said of it
-        scores[kind] = np.array([got[kind].fmeasure if best[kind].fmeasure else math.nan for got, best in rouge])
-    return scores
+    rouge = [
+        (scorer.score(wanted, got), scorer.score(wanted, wanted)) for wanted, got in zip(truth, texts, strict=True)
+    ]
+    return {
+        kind: np.array([got[kind].fmeasure if best[kind].fmeasure else math.nan for got, best in rouge])
+        for kind in kinds
+    }
+
+
+# ------------------------------------------------------------------------------------------------ answers
+@dataclass(frozen=True)
+class AnswerQuality(_Averaged):
+    """How well prompts are answered: scores between 0 and 1, higher is better.
+
+    exact_match is 1 where the answer is the expected one, apart from space around it; rougeL is the F1 of the longest
+    common subsequence of words (the package rouge-score, without stemming).
+    """
+
+    per_block: dict[str, np.ndarray]  # [N] of each score, one for each pair; NaN where an answer has no words
+    texts: list[str]  # the answers that the model gave
+    documents: np.ndarray | None = None  # [N] equal for pairs with the same prompt
+
+
+@torch.no_grad()
+def answer_quality(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Pairs,
+    *,
+    order: str = "confidence",
+    block_length: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 32,
+    precision: str = "auto",
+    progress: bool = False,
+) -> AnswerQuality:
+    """Let a model answer prompts, and compare its answers with those of the pairs; of a chat the last one.
+
+    Every answer has room for the longest one of the pairs, and ends where the model ends it. A diffusion model reveals
+    one token per step, unless `order` says otherwise; an AR model continues the prompt.
+
+    Args:
+        order, block_length: in which a diffusion model reveals tokens; see `generate`.
+        temperature: 0 takes the most probable token.
+
+    Raises:
+        ValueError: as `generate`.
+    """
+    given = [tuple(torch.tensor(part.tolist(), dtype=torch.long) for part in pairs.pair(i)) for i in range(len(pairs))]
+    check_fits(model, tokenizer, max(1 + len(prompt) + len(answer) for prompt, answer in given))
+    answer_all: Callable = partial(_answer, order=order, block_length=block_length)
+    answer_all = _answer_in_order if mask_id_of(model) is None else answer_all
+    pieces = range(0, len(given), batch_size)
+    answers: list[Tensor] = []
+    for start in tqdm(pieces, "answering", leave=False, disable=not progress):
+        prompts = [prompt for prompt, _ in given[start : start + batch_size]]
+        gaps = [min(pairs.longest_answer, pairs.length - 1 - len(prompt)) for prompt in prompts]
+        with eval_mode(model):
+            answers += answer_all(model, tokenizer, prompts, gaps, temperature, seed + start, precision)
+    texts = [_until_end(tokenizer, ids, prompt) for ids, (prompt, _) in zip(answers, given, strict=True)]
+    truth = [_until_end(tokenizer, ids, prompt) for prompt, ids in given]
+    match = np.array([float(wanted.strip() == got.strip()) for wanted, got in zip(truth, texts, strict=True)])
+    return AnswerQuality({"exact_match": match, **_rouge(truth, texts, ("rougeL",))}, texts, pairs.documents)
+
+
+def _answer(model, tokenizer, prompts, gaps, temperature, seed, precision, order, block_length) -> list[Tensor]:
+    """The tokens with which a diffusion model fills a gap behind each prompt."""
+    parts = [[prompt, gap] for prompt, gap in zip(prompts, gaps, strict=True)]
+    how = dict(order=order, block_length=block_length, temperature=temperature, seed=seed, precision=precision)
+    tokens = generate(model, tokenizer, parts=parts, stop_at_end=True, **how).tokens
+    return [row[1 + len(prompt) :][:gap] for row, prompt, gap in zip(tokens, prompts, gaps, strict=True)]
+
+
+def _answer_in_order(model, tokenizer, prompts, gaps, temperature, seed, precision) -> list[Tensor]:
+    """The tokens with which an AR model continues each prompt."""
+    width = 1 + max(len(prompt) + gap for prompt, gap in zip(prompts, gaps, strict=True))
+    blocks = torch.full((len(prompts), width), begin_id(tokenizer))
+    for row, prompt in zip(blocks, prompts, strict=True):
+        row[1 : 1 + len(prompt)] = prompt
+    columns = torch.tensor([1 + len(prompt) for prompt in prompts])[:, None] + torch.arange(max(gaps))
+    columns = columns.clamp(max=width - 1)  # a row whose gap ends there draws its last token again
+    filled = _continue(model, tokenizer, blocks, columns, temperature, seed, precision)
+    return [row[:gap] for row, gap in zip(filled, gaps, strict=True)]
+
+
+def _until_end(tokenizer, ids: Tensor, prompt: Tensor) -> str:
+    """The text of an answer up to its end token."""
+    end = (ids == begin_id(tokenizer)).nonzero()
+    return decode(tokenizer, ids[: int(end[0])].tolist() if len(end) else ids.tolist(), before=prompt.tolist())

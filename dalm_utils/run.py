@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate import Accelerator, DistributedType
-from safetensors.torch import load_model
+from safetensors.torch import load_model, save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
@@ -32,14 +32,25 @@ from .distillation import fit_teacher_weight
 from .evaluation import Estimate
 from .head import mask_id_of
 from .history import History
+from .lora import Adapter
 from .machine import DTYPES, pick_device, pick_precision
-from .processes import full_weights, gathered, load_optimizer, load_weights, on_main, optimizer_state
+from .processes import (
+    full_weights,
+    gathered,
+    host_copy,
+    is_sharded,
+    load_optimizer,
+    load_weights,
+    on_main,
+    optimizer_state,
+)
 from .sampling import generate
 from .stability import MAX_ROLLBACKS, ROLLBACK_LR_FACTOR, Unstable
 from .step import TrainStep
 from .tasks import TASKS
 from .tokens import tokenizer_digest
 
+ADAPTER = "adapter.safetensors"  # in a checkpoint of a run with `lora_rank`, in place of the model
 COUNTERS = ("step", "seconds", "best", "window_steps", "rollbacks", "stale", "anneals", "distill")  # in a checkpoint
 
 
@@ -59,7 +70,7 @@ def build(config: RunConfig, device: str | None = None) -> tuple[PreTrainedModel
     model, tokenizer = load_base(config.base, hub=config.hub, device=device or config.device)
     if config.scratch:
         model = randomize(model, config.seed)
-    if config.objective == "ar" or mask_id_of(model) is not None:
+    if not TASKS[config.objective].denoises or mask_id_of(model) is not None:
         return model, tokenizer
     return as_diffusion(model, tokenizer, shift=config.shift)
 
@@ -96,6 +107,8 @@ class Run:
         resume: str = "auto",
     ):
         check_model(model, tokenizer, config)
+        if config.lora_rank and is_sharded(accelerator):
+            raise ValueError(f"lora_rank={config.lora_rank} is not for FSDP; launch with --multi_gpu, or lora_rank=0")
         self.model, self.tokenizer, self.config, self.accelerator = model, tokenizer, config, accelerator
         self.is_main = accelerator.is_main_process
         self.task = TASKS[config.objective](model, tokenizer, config, processes=accelerator.num_processes)
@@ -109,11 +122,16 @@ class Run:
         self.anneals = self.task.denoises and not getattr(model.config, "annealed", False)
         self.saved_step = -1
         self.in_background = saves_in_background(accelerator)
+        self.adapter: Adapter | None = None
 
         self.folder = RunFolder(config.folder)
         newest = on_main(accelerator, lambda: self.folder.open(self._settings(teacher), resume))
         try:
-            if newest is not None:
+            if config.lora_rank:
+                self.adapter = Adapter(model, config.lora_rank, config.seed)
+            if newest is not None and self.adapter is not None:
+                self.adapter.load(newest / ADAPTER)
+            elif newest is not None:
                 load_model(model, newest / "model.safetensors")
             self.train_step = TrainStep(self.task, config, accelerator, self.precision, teacher)
             self._restore(newest)
@@ -142,6 +160,7 @@ class Run:
             "corpus": self.task.digest,
             "train_blocks_are": "sampled" if self.config.train_blocks else "the first",
             "teacher": None if teacher is None else _digest(teacher),
+            "adapted": _digest(self.model) if self.config.lora_rank else None,  # checkpoints hold the adapter alone
         }
 
     def _load_teacher(self) -> PreTrainedModel:
@@ -162,7 +181,7 @@ class Run:
 
     def _announce(self, newest: Path | None) -> None:
         """Say where a resumed run starts, and which parts of a schedule do not fit into the run."""
-        config, said = self.config, []
+        config, said = self.config, list(self.task.notes)
         if newest is not None:
             said += [f"{config.name}: resuming from step {self.step} of {self.total}"]
         if self.distill < 0.99 * config.distill and self.train_step.teacher is not None:
@@ -170,6 +189,10 @@ class Run:
                 f"distill lowered from {config.distill:g} to {self.distill:.3g}: on this text the base {config.base!r} "
                 f"predicts little better than token frequencies; distill_fit=false keeps {config.distill:g}"
             ]
+        if self.adapter is not None:
+            trained = sum(weight.numel() for weight in self.adapter.trained().values())
+            whole = self.model.num_parameters() - trained
+            said += [f"LoRA of rank {config.lora_rank}: {trained:,} weights are trained, {trained / whole:.2%} of all"]
         if self.task.anneals and config.anneal_steps > self.total:
             said += [
                 f"anneal_steps={config.anneal_steps} is longer than the run of {self.total} steps: its mask will be "
@@ -304,10 +327,10 @@ class Run:
         return self._figures(score), None
 
     def _sample(self) -> dict:
-        length = min(64, self.config.length - 1)
+        request = self.task.sample_request()
         with gathered(self.train_step.module):
             samples = generate(
-                self.model, self.tokenizer, length=length, steps=32, seed=self.config.seed, precision=self.precision
+                self.model, self.tokenizer, **request, steps=32, seed=self.config.seed, precision=self.precision
             )
         return {"sample": samples.text[0]}
 
@@ -333,7 +356,7 @@ class Run:
 
     def _write_checkpoint(self) -> None:
         train_step, accelerator, step = self.train_step, self.accelerator, self.step
-        write_model = self._model_writer()
+        write_model = self._model_writer() if self.adapter is None else self._adapter_writer(self.adapter)
         optimizer = optimizer_state(train_step.module, train_step.adamw, copy=self.in_background)
         history = History(records=list(self.history.records))
         state = {name: getattr(self, name) for name in COUNTERS}
@@ -356,8 +379,11 @@ class Run:
         self._write(f"step-{step:06d}", fill, then)
 
     def close(self) -> None:
-        """Release the run's folder, once everything is written."""
+        """Release the run's folder, once everything is written; the model takes in what its adapter learned."""
         self.folder.close()
+        if self.adapter is not None:
+            self.adapter.merge()
+            self.adapter = None
 
     def _write(self, name: str, fill: Callable[[Path], None], then: Callable[[], None]) -> None:
         """Write a folder of the run, and do `then` if the disk took it; perhaps in the background, in this order."""
@@ -370,8 +396,16 @@ class Run:
         """A function that writes the model as it is now. All processes must ask for it, since FSDP gathers from all."""
         if self.task.denoises:  # a model whose mask has opened is trained further without closing it
             self.model.config.annealed = self.task.ratio(max(0, self.step - 1)) == 1.0
-        weights = full_weights(self.train_step.module, self.model.all_tied_weights_keys, copy=self.in_background)
+        if self.adapter is None:
+            weights = full_weights(self.train_step.module, self.model.all_tied_weights_keys, copy=self.in_background)
+        else:
+            weights = self.adapter.merged()
         return lambda folder: save_diffusion(self.model, self.tokenizer, folder, weights)
+
+    def _adapter_writer(self, adapter: Adapter) -> Callable[[Path], None]:
+        """A function that writes the adapter as it is now."""
+        weights = host_copy({name: weight.detach() for name, weight in adapter.trained().items()})
+        return lambda folder: save_file(weights, folder / ADAPTER)
 
     def _restore(self, checkpoint: Path | None) -> None:
         """Continue from a checkpoint whose weights are loaded already; from None, begin."""
@@ -404,7 +438,10 @@ class Run:
                 "more warmup_steps, under another `name` or with resume='never' (in a terminal --fresh)"
                 + ("" if newest else "; a smaller save_every leaves a checkpoint to roll back to")
             )
-        load_weights(self.train_step.module, self.model, newest / "model.safetensors")
+        if self.adapter is not None:
+            self.adapter.load(newest / ADAPTER)
+        else:
+            load_weights(self.train_step.module, self.model, newest / "model.safetensors")
         self._restore(newest)
         self.watch.forgive(counted)
         self.rollbacks, self.seconds, self.best = rollbacks, seconds, best

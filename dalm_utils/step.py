@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from .backbone import transformer_blocks
 from .config import RunConfig
 from .cuda_graph import ReplayedStep
 from .machine import DTYPES, send
 from .objective import Batch, batch_loss, seeded
 from .processes import casting, is_sharded, prepare
 from .stability import SATURATED, Watch, saturation
-from .tasks import Task
+from .tasks import TASKS, Task
 
 
 class Loss(nn.Module):
@@ -59,7 +60,7 @@ class TrainStep:
         if config.gradient_checkpointing:
             self.model.activation_checkpointing_enable()
         if config.compile:
-            for block in _transformer_blocks(self.model):
+            for block in transformer_blocks(self.model):
                 block.compile()
         reason = _why_eager(config, accelerator)
         self.replayed = None if reason else ReplayedStep(self.compute, self._recover, self.device)
@@ -144,6 +145,9 @@ class TrainStep:
         if self.replayed is not None and all(part.count <= capacity for part in parts):
             self.replayed([part.padded(capacity) for part in parts], mask, with_teacher)
         else:
+            parts = (
+                parts if self.config.compile else [part.trimmed() for part in parts]
+            )  # else compiled for each length
             self.compute(
                 [part.map(self._send) for part in parts], None if mask is None else self._send(mask), with_teacher
             )
@@ -184,7 +188,7 @@ def _why_eager(config: RunConfig, accelerator: Accelerator) -> str | None:
         return f"the run is distributed ({accelerator.distributed_type.value})"
     if config.gradient_checkpointing:
         return "gradient_checkpointing is on"
-    if config.objective == "ar":
+    if not TASKS[config.objective].denoises:
         return "without an explicit attention mask, transformers waits for the GPU"
     return None if config.cuda_graph else "cuda_graph is off"
 
@@ -205,7 +209,3 @@ def _set_dropout(model: nn.Module, rate: float) -> None:
         for name in ("dropout", "attention_dropout"):  # OPT and Llama store the rate as a float
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, rate)
-
-
-def _transformer_blocks(model: nn.Module) -> nn.ModuleList:
-    return max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)

@@ -1,9 +1,14 @@
 """What a run trains for. A `Task` draws the batch of a step, builds its attention mask, and scores held-out text.
 
+Two things make a task: what is read (blocks of a text, or prompt/answer pairs), and what is predicted in it (masked
+tokens, or the next one).
+
 `TrainStep` and `Run` use tasks only through this interface, so a new way to train is a new `Task`.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,21 +21,35 @@ from .corpus import load_corpus
 from .evaluation import Estimate, ar_nll, nelbo
 from .head import mask_id_of
 from .objective import Batch, corrupt, default_maskable, place_capacity, sample_times, seeded
+from .pairs import is_pairs, load_pairs
+
+
+class Sequences(NamedTuple):
+    """The sequences of a step, each token of all processes; `[G, L]`."""
+
+    tokens: Tensor  # long
+    maskable: Tensor  # bool: may be predicted
+    counted: Tensor  # bool: the loss is divided by how many there are
+    real: Tensor | None = None  # bool: not padding; None: there is no padding
 
 
 class Task:
     """Training on the token blocks of a text; subclasses say what is predicted in them.
 
     Attributes:
-        train: the training blocks; `train[[i, j]]` is `[B, L]` long.
+        train: the training blocks; `train[[i, j]]` is `[B, L]` long. Or the training pairs.
         held_out: the blocks that `score` uses.
         digest: identifies the tokens; a run resumes only on the same ones.
         metric: what `score` measures, "nelbo" or "nll", in nats per token.
         denoises: whether the model restores masked tokens; only then can it have a teacher and generate samples.
+        notes: what the user should know about the text before training begins.
     """
 
     metric = "nelbo"
     denoises = True
+    notes: tuple[str, ...] = ()
+    train: Any
+    held_out: Any
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig, *, processes: int = 1
@@ -49,7 +68,14 @@ class Task:
     def load(self) -> None:
         """Read the text: set `train`, `held_out` and `digest`."""
         config = self.config
-        corpus = load_corpus(config.text, self.tokenizer, field=config.field)  # one process prepares it
+        try:
+            corpus = load_corpus(config.text, self.tokenizer, field=config.field)  # one process prepares it
+        except ValueError as error:
+            if not is_pairs(config.text, config.field):
+                raise
+            raise ValueError(
+                f"{config.text!r} has prompt/answer pairs, not documents: train on it with objective='finetune'"
+            ) from error
         self.train = corpus.blocks("train", config.length, config.train_blocks)
         self.held_out = corpus.blocks("validation", config.length, config.eval_blocks)
         self.digest = corpus.facts["digest"]
@@ -63,6 +89,12 @@ class Task:
         if self._order[0] != epoch:
             self._order = (epoch, torch.randperm(len(self.train), generator=seeded(self.config.seed, epoch, "data")))
         return int(self._order[1][place])
+
+    def sequences(self, step: int) -> Sequences:
+        """What the batch of a step is made of."""
+        tokens = self.train[self.rows(step)]
+        maskable = default_maskable(tokens)
+        return Sequences(tokens, maskable, maskable)
 
     def draw(self, step: int) -> Batch:
         """The global batch of a step, on the CPU: a function of seed and step, whatever the number of processes."""
@@ -84,6 +116,10 @@ class Task:
         """The held-out likelihood of the model with its current weights."""
         raise NotImplementedError
 
+    def sample_request(self) -> dict:
+        """The arguments of `generate` for the sample that a record shows."""
+        return {"length": min(64, self.config.length - 1)}
+
 
 class MaskedDiffusion(Task):
     """Restore masked tokens while the causal mask opens: the method of arXiv 2410.17891."""
@@ -96,16 +132,22 @@ class MaskedDiffusion(Task):
             )
 
     def draw(self, step: int) -> Batch:
-        config, tokens = self.config, self.train[self.rows(step)]  # [G, L]
+        config = self.config
+        tokens, maskable, counted, real = self.sequences(step)
         times_rng, mask_rng = (seeded(config.seed, step, purpose) for purpose in ("times", "corruption"))
         times = sample_times(len(tokens), method=config.times, eps=config.eps, generator=times_rng)
-        noised, masked = corrupt(tokens, times, require_mask_id(self.model), generator=mask_rng)
-        counted = masked if config.normalize == "masked" else default_maskable(tokens)
-        return Batch.of(tokens, noised, masked, times, counted.sum().clamp(min=1))
+        noised, masked = corrupt(tokens, times, require_mask_id(self.model), maskable=maskable, generator=mask_rng)
+        counted = masked if config.normalize == "masked" else counted
+        return Batch.of(tokens, noised, masked, times, counted.sum().clamp(min=1), real)
 
     def capacity(self, rows: int) -> int:
         stratified = self.config.times == "stratified" and rows == self.global_batch
-        return place_capacity(rows, self.config.length - 1, stratified=stratified, eps=self.config.eps)
+        return place_capacity(rows, self.most_maskable, stratified=stratified, eps=self.config.eps)
+
+    @property
+    def most_maskable(self) -> int:
+        """The most maskable tokens that a sequence can have."""
+        return self.config.length - 1
 
     def attention_mask(self, step: int, dtype: torch.dtype) -> Tensor | None:
         rng = seeded(self.config.seed, step, "annealing")
@@ -129,12 +171,71 @@ class NextToken(Task):
             )
 
     def draw(self, step: int) -> Batch:
-        tokens = self.train[self.rows(step)]
-        predicted = default_maskable(tokens)
-        return Batch.of(tokens, tokens, predicted, torch.ones(len(tokens)), predicted.sum())
+        tokens, predicted, counted, real = self.sequences(step)
+        return Batch.of(tokens, tokens, predicted, torch.ones(len(tokens)), counted.sum(), real)
 
     def score(self, precision: str) -> Estimate:
         return ar_nll(self.model, self.tokenizer, self.held_out, precision=precision)
 
 
-TASKS: dict[str, type[Task]] = {"diffusion": MaskedDiffusion, "ar": NextToken}  # by `RunConfig.objective`
+class OnPairs(Task):
+    """Training on prompt/answer pairs: only answers, and the end token after them, are predicted and counted."""
+
+    def load(self) -> None:
+        config = self.config
+        corpus = load_pairs(config.text, self.tokenizer, field=config.field)
+        self.train = corpus.pairs("train", config.length, config.train_blocks)
+        self.held_out = corpus.pairs("validation", config.length, config.eval_blocks)
+        self.digest = corpus.facts["digest"]
+        splits = {"training": self.train, "validation": self.held_out}
+        self.notes = tuple(filter(None, (pairs.about_dropped(self.tokenizer, name) for name, pairs in splits.items())))
+
+    def sequences(self, step: int) -> Sequences:
+        tokens, answers, real = self.train[self.rows(step)]
+        return Sequences(tokens, answers, answers, real)
+
+
+class Finetuning(OnPairs, MaskedDiffusion):
+    """Restore masked tokens of answers; a prompt is never masked, and never counts.
+
+    The loss is the conditional NELBO, in nats per answer token. An answer continues with a random number of further end
+    tokens, which are masked as it is, up to the length of the longest answer: so the number of [MASK] tokens does not
+    tell how long the answer is, and the model learns to stop in a gap of any size (LLaDA, arXiv 2502.09992, pads so).
+    """
+
+    def check(self) -> None:
+        super().check()
+        if self.config.distill:
+            raise ValueError(f"finetuning on pairs has no teacher, but distill={self.config.distill}; set distill=0")
+
+    def sequences(self, step: int) -> Sequences:
+        tokens, answers, real = self.train[self.rows(step)]
+        room = self.train.longest_answer - answers.sum(1)  # [G]
+        draws = torch.rand(len(tokens), generator=seeded(self.config.seed, step, "ends"))
+        end = real.sum(1) + (draws * (room + 1)).long()
+        inside = torch.arange(tokens.shape[1]) < end[:, None]  # [G, L]; what was padding is the end token already
+        return Sequences(tokens, answers | (inside & ~real), answers, inside)
+
+    @property
+    def most_maskable(self) -> int:
+        return self.train.longest_answer
+
+    def sample_request(self) -> dict:
+        prompt = self.held_out.prompt(0)
+        gap = min(self.train.longest_answer, self.config.length - 1 - len(prompt))
+        return {"parts": [torch.tensor(prompt.tolist(), dtype=torch.long), gap], "stop_at_end": True}
+
+
+class NextTokenFinetuning(OnPairs, NextToken):
+    """Predict every token of an answer from those before it: ordinary finetuning of an AR model, to compare with."""
+
+    def attention_mask(self, step: int, dtype: torch.dtype) -> Tensor | None:
+        return annealed_mask(self.config.length, 0.0, dtype=dtype)  # with one for padding, a model takes no other
+
+
+TASKS: dict[str, type[Task]] = {  # by `RunConfig.objective`
+    "diffusion": MaskedDiffusion,
+    "ar": NextToken,
+    "finetune": Finetuning,
+    "finetune-ar": NextTokenFinetuning,
+}

@@ -49,7 +49,9 @@ def unused_ids(tokenizer: PreTrainedTokenizerBase, rows: int) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------- text to ids and back
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, inside: bool = False) -> list[list[int]]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, inside: bool = False, special: bool = False
+) -> list[list[int]]:
     """Token ids of plain text: a document that mentions "[MASK]" gets the letters, never the special token.
 
     Some tokenizers put a space before every text (Llama 2's, Mistral's). A text that begins a sequence gets it; a text
@@ -57,10 +59,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, inside: bool
 
     Args:
         inside: whether the texts continue another text.
+        special: whether the name of a special token stands for the token, as in a rendered chat.
     """
     texts = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]  # no half characters
     with plain_backend(tokenizer) as backend, _without_prefix(backend) as prefix:
         prefix = "" if inside else prefix
+        backend.encode_special_tokens = not special
         encodings = backend.encode_batch_fast(
             [prefix + text if text else "" for text in texts], add_special_tokens=False
         )

@@ -40,8 +40,11 @@ def train(
     ends at the new last step. A diffusion model whose mask has opened is trained further without closing it.
     Under `accelerate launch` the same call is one of many processes.
 
+    With `lora_rank` the model has adapters while it is trained. At the end, however that comes, they are merged, and it
+    is a stock model again, as in `best`. Checkpoints hold the adapters alone: to resume, pass the base again.
+
     Args:
-        model: from `as_diffusion` or `load_diffusion` (or a plain AR model if `config.objective` is "ar").
+        model: from `as_diffusion` or `load_diffusion` (or a plain AR model if the objective is "ar" or "finetune-ar").
         resume: "auto" continues from the newest whole checkpoint, if there is one; "never" starts over and
             moves an earlier run of that name aside.
         on_log: called with (history, config) after each record, to draw it.

@@ -10,7 +10,7 @@ import torch
 
 import tests.benchmarks
 from dalm_utils.config import PROJECT
-from tests.benchmarks import cost, estimators, gpu, recipe, sampling, train_step
+from tests.benchmarks import cost, estimators, gpu, puzzles, recipe, sampling, train_step
 from tests.helpers import tiny_diffusion, tiny_model, tiny_tokenizer
 
 
@@ -26,6 +26,14 @@ def test_each_way_to_train_takes_a_step(way, monkeypatch):
     before = step.model.get_input_embeddings().weight.clone()
     step()
     assert step.work > 0 and not torch.equal(step.model.get_input_embeddings().weight, before)
+
+
+def test_a_step_with_adapters_is_measured_too(monkeypatch):
+    monkeypatch.setattr(train_step, "keep_memory", lambda: None)
+    step = train_step.stepper("lora", "laptop", batch=2, length=16, vocab=64)
+    trained = [name for name, weight in step.model.named_parameters() if weight.requires_grad]
+    assert all("lora_" in name or "mask_row" in name for name in trained) and trained
+    step()
 
 
 @pytest.mark.parametrize("name", estimators.WAYS)
@@ -84,6 +92,13 @@ def test_what_the_profile_full_would_take_is_what_the_results_say(monkeypatch, c
         assert ours[:4] == computed[:4] and float(ours[4]) == pytest.approx(float(computed[4]), abs=0.5)
 
 
+def test_the_memory_of_adapters_is_what_the_results_say(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["cost"])
+    cost.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if re.match(r"\| [\w -]+ \| (no|rank 8) \|", line)]
+    assert len(rows) == 4 and "\n".join(rows) in (PROJECT / "tests" / "benchmarks" / "RESULTS.md").read_text()
+
+
 @pytest.mark.slow
 def test_the_gpu_script_measures_every_part_and_keeps_what_it_has(tmp_path, monkeypatch, capsys):
     """On a machine without a GPU, at sizes that measure nothing."""
@@ -116,3 +131,10 @@ def test_a_part_that_fails_does_not_cost_the_others(tmp_path, monkeypatch):
     gpu.main()
     rows = json.loads((tmp_path / "out" / "gpu.json").read_text())["parts"]
     assert rows == {"broken": [{"first": 1}, {"error": "RuntimeError: the device is gone"}], "fine": [{"value": 2.0}]}
+
+
+@pytest.mark.slow
+def test_both_arms_of_the_puzzles_are_finetuned_and_asked(tmp_path):
+    results = puzzles.measure(tmp_path, steps=2, count=40, givens=12, squares=3)
+    assert list(results) == ["confidence", "first_hitting", "left to right"]
+    assert all(len(which) == 3 and set(which) <= {0.0, 1.0} for which in results.values())

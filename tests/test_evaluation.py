@@ -201,7 +201,7 @@ def test_ar_nll_is_the_models_own_loss_also_after_adaptation():
 
 def test_each_block_draws_one_size_from_each_stratum_and_any_positions():
     n, count, rows = 12, 4, 3000
-    sets = evaluation._random_sets(rows, n, count, torch.Generator().manual_seed(0))
+    sets = evaluation._random_sets(torch.ones(rows, n).bool(), count, torch.Generator().manual_seed(0))
     sizes = sets.sum(1).view(rows, count)
     strata = torch.arange(count) * n // count
     assert ((sizes > strata) & (sizes <= strata + n // count)).all()
@@ -209,7 +209,9 @@ def test_each_block_draws_one_size_from_each_stratum_and_any_positions():
         assert abs(int((sizes == size).sum()) - 1000) < 5 * 26
     shares = sets[sets.sum(1) == 6].double().mean(0)  # half of the positions, each as often as any other
     assert (shares - 0.5).abs().max() < 5 * 0.5 / 1000**0.5
-    uneven = evaluation._random_sets(2000, 5, 3, torch.Generator().manual_seed(0)).sum(1)  # n is no multiple of S
+    uneven = evaluation._random_sets(torch.ones(2000, 5).bool(), 3, torch.Generator().manual_seed(0)).sum(
+        1
+    )  # n is no multiple of S
     assert all(abs(int((uneven == size).sum()) - 1200) < 5 * 31 for size in range(1, 6))
 
 

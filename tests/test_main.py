@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import dalm_utils.__main__ as cli
-from dalm_utils import load_corpus, load_diffusion, nelbo, sampling, save_diffusion
+from dalm_utils import answer_quality, load_corpus, load_diffusion, load_pairs, nelbo, sampling, save_diffusion
 from dalm_utils.__main__ import main
 from dalm_utils.checkpoint import RunFolder
 from dalm_utils.config import PROJECT
@@ -289,6 +289,55 @@ def test_the_last_line_of_data_trains_on_the_text(workplace, monkeypatch, capsys
     assert main([*command[3:], "name=pasted", "steps=2"]) == 0
     settings = json.loads((workplace / "runs" / "pasted" / "config.json").read_text())
     assert settings["corpus"] == load_corpus(str(path), tiny_tokenizer(), field=field).facts["digest"]
+
+
+@pytest.fixture
+def pairs(workplace):
+    """A file of pairs, one of them longer than 40 tokens."""
+    lines = [{"prompt": f"Return the sum of {n}", "response": f" axis {n % 3}"} for n in range(96)]
+    lines += [{"prompt": "Return", "response": " axis" * 50}, {"prompt": "a", "response": ""}, lines[0]]
+    path = workplace / "my pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def test_data_says_how_many_pairs_fit_and_its_last_line_trains_on_them(workplace, pairs, capsys):
+    asked = ["data", str(pairs), "--tokenizer", str(workplace / "base"), "--length", "40"]
+    assert main(asked) == 0
+    told = capsys.readouterr().out
+    rows = re.findall(r"^(train|validation|test) +(\d+) +(\d+) +[\d,]+ +[\d,]+$", told, re.MULTILINE)
+    assert len(rows) == 3 and sum(int(count) for _, count, _ in rows) == 1 + sum(int(fits) for _, _, fits in rows)
+    assert "pairs are longer than length=40 and left out, the first one begins 'Return axis" in told
+    assert "copies dropped: 1; skipped: 1 empty 'response'" in told
+    assert main([*asked, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fit"] == {split: int(fits) for split, _, fits in rows}
+    command = shlex.split(told.splitlines()[-1])
+    assert main([*command[3:], "name=pasted", "steps=2", "warmup_steps=1", "anneal_steps=1"]) == 0
+    settings = json.loads((workplace / "runs" / "pasted" / "config.json").read_text())
+    assert settings["objective"] == "finetune" and settings["length"] == 40
+
+
+def test_evaluate_scores_answers_where_the_text_is_pairs(workplace, pairs, capsys):
+    settings = [f"text={pairs}", "objective=finetune", "length=40", "name=answers", "steps=2", "sample_every=0"]
+    assert main(["train", "gpt2", *settings, "warmup_steps=1", "anneal_steps=1"]) == 0
+    capsys.readouterr()
+    best = str(workplace / "runs" / "answers" / "best")
+    assert main(["evaluate", best, "--blocks", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert f"conditional NELBO on 4 test pairs of {str(pairs)!r}: {best}" in shown
+    assert main(["evaluate", best, "--blocks", "4", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert set(table_of(shown)) == set(record) - {"model", "text", "field", "split", "length", "blocks", "likelihood"}
+    model, tokenizer = load_diffusion(best)
+    scored = load_pairs(str(pairs), tokenizer).pairs("test", 40, 4)
+    assert record["nats_per_token"] == nelbo(model, tokenizer, scored).mean
+    assert record["rougeL"] == answer_quality(model, tokenizer, scored).mean["rougeL"]
+    assert 0 <= record["exact_match"] <= 1 and "exact_match_stderr" in record
+    base = ["evaluate", str(workplace / "base"), "--text", str(pairs), "--length", "40", "--blocks", "4"]
+    assert main([*base, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["likelihood"] == "conditional AR NLL"
+    assert main([*base, "--infill"]) == 1
+    assert "--infill and --quality are for texts" in capsys.readouterr().err
 
 
 def test_data_reads_no_weights(workplace, monkeypatch, capsys):

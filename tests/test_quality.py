@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from dalm_utils import ar_nll, as_diffusion, text_quality
+from dalm_utils import annealed_mask, answer_quality, ar_nll, as_diffusion, text_quality
+from dalm_utils.backbone import hidden_states
 from dalm_utils.corpus import Blocks
 from dalm_utils.evaluation import standard_error
+from dalm_utils.head import logits_of
+from dalm_utils.pairs import Pairs
 from dalm_utils.quality import infilling
 from dalm_utils.tokens import encode
 from tests.helpers import TEXTS, tiny_diffusion, tiny_model, tiny_tokenizer
@@ -121,3 +124,48 @@ def test_progress_is_shown_on_request(capsys):
         infilling(model, tokenizer, blocks, gap=2, progress=progress)
         shown = capsys.readouterr()
         assert shown.out == "" and ("infilling" in shown.err) == progress
+
+
+# ----------------------------------------------------------------------------------------------------- answers
+def pairs_of(sequences, prompts, length=24):
+    """Pairs of token ids, each sequence cut after so many tokens of a prompt."""
+    roles = [
+        role for ids, cut in zip(sequences, prompts, strict=True) for role in [0] * cut + [1] * (len(ids) - cut) + [2]
+    ]
+    return Pairs(np.array([token for ids in sequences for token in (*ids, 0)]), np.array(roles), length, begin=0)
+
+
+@pytest.mark.parametrize("diffusion, shift", [(True, True), (True, False), (False, True)])
+def test_a_model_that_knows_the_answers_gives_every_one_and_stops(diffusion, shift):
+    tokenizer = tiny_tokenizer()
+    ids = encode(tokenizer, TEXTS[:1])[0][:14]
+    model, tokenizer = knows_by_heart(torch.tensor([0, *ids, 0]), diffusion, shift)
+    pairs = pairs_of([ids] * 5, prompts=[3, 5, 8, 3, 12], length=16)
+    quality = answer_quality(model, tokenizer, pairs, batch_size=3, precision="fp32")
+    assert quality.texts == [tokenizer.decode(ids[cut:]) for cut in (3, 5, 8, 3, 12)]
+    assert quality.mean == {"exact_match": 1.0, "rougeL": 1.0} and set(quality.stderr.values()) == {0.0}
+    assert quality.documents.tolist() == [0, 1, 2, 0, 3]
+
+
+@torch.no_grad()
+def test_an_ar_model_answers_as_a_plain_loop_does():
+    model, tokenizer = tiny_model(vocab=320), tiny_tokenizer()
+    draws = np.random.default_rng(0)
+    pairs = pairs_of([draws.integers(1, 320, n) for n in (8, 12, 20)], prompts=[5, 3, 15], length=24)
+    texts = answer_quality(model, tokenizer, pairs, precision="fp32").texts
+    for i, text in enumerate(texts):
+        prompt = pairs.pair(i)[0].tolist()
+        ids, gap = [0, *prompt], min(pairs.longest_answer, 23 - len(prompt))
+        while len(ids) < 1 + len(prompt) + gap and (len(ids) == 1 + len(prompt) or ids[-1] != 0):
+            hidden = hidden_states(model, torch.tensor([ids]), annealed_mask(len(ids), 0.0))
+            ids.append(int(logits_of(model, hidden)[0, -1].argmax()))
+        answer = ids[1 + len(prompt) :]
+        assert text == tokenizer.decode(answer[: answer.index(0)] if 0 in answer else answer)
+
+
+def test_an_answer_that_differs_is_scored_by_its_words():
+    tokenizer = tiny_tokenizer()
+    right, wrong = (encode(tokenizer, [f"Return the {word} of nodes"])[0] for word in ("sum", "mean"))
+    model, tokenizer = knows_by_heart(torch.tensor([0, *wrong, 0]), diffusion=False)
+    quality = answer_quality(model, tokenizer, pairs_of([right], prompts=[1]), precision="fp32")
+    assert quality.mean["exact_match"] == 0 and quality.mean["rougeL"] == pytest.approx(3 / 4)

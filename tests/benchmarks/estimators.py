@@ -31,7 +31,7 @@ def by_counts(stratified: bool, count: int, masks: int, n: int, draws: torch.Gen
     """A random set of a random size: the mean over the set, all sizes alike; a text's sizes one from each stratum,
     as `evaluation.nelbo` does, or independent, as LLaDA's evaluation."""
     texts, each = (count, masks) if stratified else (count * masks, 1)
-    return F.pad(_random_sets(texts, n, each, draws), (1, 0)), torch.ones(count * masks)
+    return F.pad(_random_sets(torch.ones(texts, n, dtype=torch.bool), each, draws), (1, 0)), torch.ones(count * masks)
 
 
 def in_pairs(count: int, masks: int, n: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@
     plain     every position's logits, a dense mask for each sequence, the same precision, no dropout
     released  plain with dropout 0.1, on a CPU in float32, as the authors' release would run on this machine
     ar        ordinary AR finetuning through transformers' own loss, in our precision
+    lora      ours, with adapters of rank 8 (by `--only lora` alone)
 
 Each way runs in processes of its own, in turns. Where there is a GPU, the GPU is measured.
 """
@@ -31,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from dalm_utils import RunConfig, annealed_mask, corrupt, sample_times
 from dalm_utils.backbone import fuse_gelu
 from dalm_utils.corpus import Blocks
+from dalm_utils.lora import Adapter
 from dalm_utils.machine import DTYPES, autocast, keep_memory, pick_device, pick_precision
 from dalm_utils.processes import make_accelerator
 from dalm_utils.step import TrainStep
@@ -93,8 +95,10 @@ def stepper(
     if way == "released" and DEVICE.type == "cpu":
         precision = "fp32"
     precision = pick_precision(precision, DEVICE)
-    if way in ("ours", "eager"):
-        step = our_step(model, batch, length, accumulate, precision, cuda_graph=way == "ours")
+    if way == "lora":
+        Adapter(model, rank=8)
+    if way in ("ours", "eager", "lora"):
+        step = our_step(model, batch, length, accumulate, precision, cuda_graph=way != "eager")
     else:
         step = plain_step(model.to(DEVICE), way, batch, length, accumulate, precision)
     step.model = model
@@ -204,7 +208,9 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, help="another vocabulary than the size has")
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--precision", default="auto", choices=("auto", *DTYPES))
-    parser.add_argument("--only", choices=WAYS, help="one way alone, in this process: its seconds and peak memory")
+    parser.add_argument(
+        "--only", choices=(*WAYS, "lora"), help="one way alone, in this process: its seconds and peak memory"
+    )
     asked = parser.parse_args()
     if asked.only:
         numbers = (asked.batch, asked.length, asked.vocab, asked.accumulate, asked.precision)
