@@ -68,7 +68,6 @@ class RunConfig:
     distill: float = 0.0  # weight of the frozen base's prediction in the target; the token itself has weight 1
     distill_fit: bool = False  # lower that weight to what the base's predictions of this text are worth
     distill_steps: int | None = None  # steps over which that weight falls to 0 (None: the whole run)
-
     lora_rank: int = 0  # train adapters of this rank (LoRA), and [MASK]'s embedding; 0: all weights
 
     # the optimizer
