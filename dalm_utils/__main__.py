@@ -306,11 +306,17 @@ def _evaluate(options: argparse.Namespace) -> None:
         _evaluate_pairs(options, model, tokenizer)
         return
     judge = _load_judge(options, origin, model, tokenizer) if options.quality else None
+    base, base_name = _load_base_of(origin, model)
     corpus = load_corpus(options.text, tokenizer, field=options.field)
     blocks = corpus.blocks(options.split, options.length, options.blocks)
     kind, figures = _likelihood_figures(model, tokenizer, blocks, options.samples)
     if options.infill:
         figures |= _infilling_figures(model, tokenizer, blocks, options.infill)
+    if base is not None:
+        beside = _likelihood_figures(base, tokenizer, blocks, options.samples)[1]
+        if options.infill:
+            beside |= _infilling_figures(base, tokenizer, blocks, options.infill)
+        figures |= {"base": base_name} | {f"base_{name}": value for name, value in beside.items()}
     if options.quality:
         figures |= _quality_figures(model, tokenizer, blocks, judge, options)
     _show(options, kind, f"{len(blocks)} {options.split} blocks of {options.length} tokens", len(blocks), figures)
@@ -392,17 +398,23 @@ def _likelihood_figures(model, tokenizer, blocks, num_samples: int) -> tuple[str
 
 
 def _table(figures: dict) -> str:
-    """One line per figure, its standard error beside it."""
+    """A line for each figure with its standard error, and beside it that of the AR base, or of held-out text."""
 
-    def show(value) -> str:
-        return f"{value:.4g}" if isinstance(value, float) else "undefined" if value is None else str(value)
+    def show(name: str) -> str:
+        value, error = figures[name], figures.get(f"{name}_stderr")
+        shown = f"{value:.4g}" if isinstance(value, float) else "undefined" if value is None else str(value)
+        return shown if error is None else f"{shown} +- {error:.2g}"
 
-    errors = {name: f" +- {show(value)}" for name, value in figures.items() if name.endswith("_stderr")}
-    return "\n".join(
-        f"{name:>28}  {show(value)}{errors.get(f'{name}_stderr', '')}"
-        for name, value in figures.items()
-        if name not in errors
-    )
+    names = [name for name in figures if not name.endswith("_stderr") and not name.startswith(("base", "held_out_"))]
+    lines = []
+    for name in names:
+        twin = name.replace("written_", "held_out_") if name.startswith("written_") else f"base_{name}"
+        note = "held-out text" if name.startswith("written_") else figures.get("base")
+        beside = f"{note}: {show(twin)}" if twin in figures and name != "infill_gap" else ""
+        lines.append(f"{name:>28}  {show(name):<22}{beside}".rstrip())
+        if name in ("perplexity", "perplexity_bound", "infill_rougeL"):
+            lines.append("")
+    return "\n".join(lines).rstrip()
 
 
 def _infilling_figures(model, tokenizer, blocks, gap: int) -> dict:
@@ -426,6 +438,22 @@ def _load_judge(options: argparse.Namespace, origin: dict, model, tokenizer):
     if mask_id_of(judge) is not None or tokenizer_digest(its_tokenizer) != tokenizer_digest(tokenizer):
         raise ValueError(f"{options.judge} cannot judge {options.model}: name an AR model with the same tokenizer")
     return judge
+
+
+def _load_base_of(origin: dict, model):
+    """The AR model from which a diffusion model was made, and its name, to be scored beside it; None if not known."""
+    from .backbone import load_base
+    from .head import mask_id_of
+
+    if mask_id_of(model) is None or "base" not in origin:
+        return None, None
+    try:
+        name = _ar_base(origin)
+        base, _ = load_base(name, device="auto")
+    except (FileNotFoundError, ValueError) as error:
+        print(f"the AR model that it was made from is not scored beside it: {error}", file=sys.stderr)
+        return None, None
+    return (base, name) if mask_id_of(base) is None else (None, None)
 
 
 def _ar_base(origin: dict) -> str:

@@ -62,11 +62,9 @@ def test_train_evaluate_and_sample(workplace, capsys):
 
 
 def table_of(shown):
-    """The figures of a printed table, and their standard errors, under the names that the JSON object gives them."""
-    figures = {}
-    for name, value, _, error in re.findall(r"^ +(\w+)  (\S+)( \+- (\S+))?$", shown, re.MULTILINE):
-        figures |= {name: value} | ({f"{name}_stderr": error} if error else {})
-    return figures
+    """A printed table: for each name the figure, and what is beside it."""
+    rows = re.findall(r"^ +(\w+)  (\S+)(?: \+- \S+)?(?: +(\S.*))?$", shown, re.MULTILINE)
+    return {name: (value, beside) for name, value, beside in rows}
 
 
 def test_evaluate_as_a_table_and_as_json(workplace, capsys):
@@ -81,10 +79,16 @@ def test_evaluate_as_a_table_and_as_json(workplace, capsys):
         told.append(capsys.readouterr())
         assert all(word in told[-1].err for word in ("scoring", "infilling", "sampling"))  # the progress bars
     table, record = table_of(told[0].out), json.loads(told[1].out)
-    assert set(table) == set(record) - {"model", "text", "field", "split", "length", "blocks", "likelihood"}
-    for name, shown in table.items():
-        value = record[name]
-        assert shown == ("undefined" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value))
+
+    def shown(value):
+        return "undefined" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    lines = {name for name in record if not name.endswith("_stderr") and not name.startswith("held_out_")}
+    assert set(table) == lines - {"model", "text", "field", "split", "length", "blocks", "likelihood"}
+    for name, (value, beside) in table.items():
+        assert value == shown(record[name])
+        if name.startswith("written_"):
+            assert f"held-out text: {shown(record[name.replace('written', 'held_out')])}" in beside
     blocks = load_corpus(words, tokenizer).blocks("validation", 16, 1)
     assert record["nats_per_token"] == nelbo(model, tokenizer, blocks).mean and record["likelihood"] == "NELBO"
     assert record["nats_per_token_stderr"] is None and record["blocks"] == 1  # a single block has no spread
@@ -126,6 +130,20 @@ def test_evaluate_scores_the_text_that_a_run_was_trained_on(trained, capsys, mon
     assert evaluation(capsys, ".")["text"] == text
     assert main(["evaluate", ".", "--blocks", "2"]) == 0
     assert f"NELBO on 2 test blocks of 16 tokens of {text!r}: ." in capsys.readouterr().out
+
+
+def test_evaluate_scores_the_ar_base_beside_a_model_that_was_made_from_it(trained, workplace, capsys):
+    capsys.readouterr()
+    base = workplace / "base"
+    text = str(workplace / "papers.jsonl")
+    record = evaluation(capsys, trained / "best", "--infill", "4")
+    alone = evaluation(capsys, base, "--infill", "4", "--text", text, "--field", "body", "--length", "16")
+    assert record["base"] == str(base)
+    for name in ("nats_per_token", "nats_per_token_stderr", "infill_token_match"):
+        assert record[f"base_{name}"] == alone[name]
+    assert main(["evaluate", str(trained / "best"), "--blocks", "2", "--samples", "1"]) == 0
+    _, beside = table_of(capsys.readouterr().out)["nats_per_token"]
+    assert beside.startswith(f"{base}: {alone['nats_per_token']:.4g} +- ")
 
 
 def test_evaluate_scores_another_text_where_it_is_named(trained, workplace, capsys):
@@ -327,7 +345,8 @@ def test_evaluate_scores_answers_where_the_text_is_pairs(workplace, pairs, capsy
     assert f"conditional NELBO on 4 test pairs of {str(pairs)!r}: {best}" in shown
     assert main(["evaluate", best, "--blocks", "4", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
-    assert set(table_of(shown)) == set(record) - {"model", "text", "field", "split", "length", "blocks", "likelihood"}
+    figures = {name for name in record if not name.endswith("_stderr")}
+    assert set(table_of(shown)) == figures - {"model", "text", "field", "split", "length", "blocks", "likelihood"}
     model, tokenizer = load_diffusion(best)
     scored = load_pairs(str(pairs), tokenizer).pairs("test", 40, 4)
     assert record["nats_per_token"] == nelbo(model, tokenizer, scored).mean
