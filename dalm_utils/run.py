@@ -51,7 +51,7 @@ from .tasks import TASKS
 from .tokens import tokenizer_digest
 
 ADAPTER = "adapter.safetensors"  # in a checkpoint of a run with `lora_rank`, in place of the model
-COUNTERS = ("step", "seconds", "best", "window_steps", "rollbacks", "stale", "anneals", "distill")  # in a checkpoint
+SAVED = ("step", "seconds", "best", "window_steps", "rollbacks", "stale", "anneals", "distill")  # in each checkpoint
 
 
 def build(config: RunConfig, device: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -359,7 +359,7 @@ class Run:
         write_model = self._model_writer() if self.adapter is None else self._adapter_writer(self.adapter)
         optimizer = optimizer_state(train_step.module, train_step.adamw, copy=self.in_background)
         history = History(records=list(self.history.records))
-        state = {name: getattr(self, name) for name in COUNTERS}
+        state = {name: getattr(self, name) for name in SAVED}
         state["window_loss"] = accelerator.reduce(train_step.loss, "mean").item()
         state["watch"] = self.watch.state()
         state["watch"]["saturated"] = self._saturated()
@@ -414,7 +414,7 @@ class Run:
         self.history.save()
         if checkpoint is not None:
             state = json.loads((checkpoint / "state.json").read_text())
-            for name in COUNTERS:
+            for name in SAVED:
                 setattr(self, name, state.get(name, getattr(self, name)))  # older checkpoints lack some
             load_optimizer(self.train_step.module, self.train_step.adamw, checkpoint / "optimizer.pt")
             self.train_step.reset()

@@ -127,7 +127,7 @@ def _drive(runs: dict[str, Run], report: Callable[[], None] | None) -> None:
             if recorded:
                 report()
             show()
-            # Several processes agree about it now and then: at the same rounds on each, whichever runs are done.
+            # Agreeing takes communication, so several processes do it every few rounds, the same ones on each.
             if first.accelerator.num_processes == 1 or rounds % first.config.log_every == 0:
                 stopped = any_process(first.accelerator, bool(asked))
         troubles = {run: run.save() for run in runs.values()}
@@ -135,13 +135,13 @@ def _drive(runs: dict[str, Run], report: Callable[[], None] | None) -> None:
         if trouble is not None and run.is_main:
             print(
                 f"step {run.step} of {run.config.name!r} was not saved, since its weights are unusable: {trouble}; "
-                f"{_newest(run)}",
+                f"{_what_is_saved(run)}",
                 file=sys.stderr,
             )
         elif trouble is None and run.saved_step != run.step:
             raise RuntimeError(
                 f"the last checkpoint of {run.config.name!r}, at step {run.step}, could not be written. Make room: "
-                f"{_newest(run)}. (A model that was passed to `train` still holds step {run.step}.)"
+                f"{_what_is_saved(run)}. (A model that was passed to `train` still holds step {run.step}.)"
             )
     if stopped and not all(run.is_done for run in runs.values()):
         for run in runs.values():
@@ -151,7 +151,11 @@ def _drive(runs: dict[str, Run], report: Callable[[], None] | None) -> None:
 
 
 def _advance(runs: list[Run]) -> bool:
-    """A step of each run, and whether any recorded something. A run that is given up ends all, the others saved."""
+    """Take a step of each run; returns whether any of them recorded something.
+
+    Raises:
+        Unstable: one of them cannot go on; the others are saved first.
+    """
     recorded = False
     for run in runs:
         try:
@@ -215,14 +219,14 @@ def _naming_the_checkpoint(run: Run) -> Iterator[None]:
             raise
         raise RuntimeError(
             f"process {run.accelerator.process_index} stopped in step {run.step + 1}, probably because another one "
-            f"died ({first_line(error)}); {_newest(run)}."
+            f"died ({first_line(error)}); {_what_is_saved(run)}."
         ) from error
 
 
-def _newest(run: Run) -> str:
+def _what_is_saved(run: Run) -> str:
     if run.saved_step < 0:
-        return "there is no checkpoint yet, and the same command begins again"
-    return f"the checkpoint of step {run.saved_step} is whole, and the same command continues there"
+        return "there is no checkpoint yet, so the same command starts over"
+    return f"the checkpoint of step {run.saved_step} is whole, and the same command resumes there"
 
 
 def _histories(runs: dict[str, Run]) -> dict[str, History]:

@@ -150,7 +150,7 @@ def test_when_one_worker_is_killed_the_other_says_so_and_leaves_a_whole_checkpoi
     gate.open()
     assert exit_codes(*processes) == [-9 if rank == killed else 1 for rank in (0, 1)]
     told = (tmp_path / f"messages-{1 - killed}").read_text()
-    assert "probably because another one died" in told and "the same command continues there" in told
+    assert "probably because another one died" in told and "the same command resumes there" in told
     assert is_whole(RunFolder(config.folder).checkpoints()[-1])
     train(*tiny_diffusion(), config.replace(batch=4))
     assert_same_curve(config.folder, alone)
