@@ -1,4 +1,4 @@
-"""Adapt autoregressive language models into masked-diffusion language models (after arXiv 2410.17891).
+"""DALM, diffusion from autoregressive language models: adapt one into a masked-diffusion model (arXiv 2410.17891).
 
 Importing the package costs nothing; the first use of a public name imports the modules behind all of them, and torch.
 """

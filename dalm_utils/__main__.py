@@ -508,6 +508,7 @@ def _data(options: argparse.Namespace) -> None:
     from .arxiv import ArxivSet
     from .backbone import load_tokenizer
     from .corpus import load_corpus
+    from .documents import short_name
     from .pairs import is_pairs, load_pairs
 
     if options.text == "smollm2":
@@ -525,7 +526,7 @@ def _data(options: argparse.Namespace) -> None:
     print("\n".join(_describe_pairs(corpus, fit, tokenizer) if pairs else _describe(corpus.facts)))
     print(f"The tokens, of {options.tokenizer}, are in {display_path(corpus.folder)}; facts.json there says more.")
     path = os.path.abspath(source) if os.path.exists(source) else source
-    settings = {"text": path, "field": options.field, "base": options.tokenizer}
+    settings = {"name": short_name(source), "text": path, "field": options.field, "base": options.tokenizer}
     if pairs:
         settings |= {"objective": "finetune", "length": str(options.length)}
     variables = " ".join(f"DALM_{name.upper()}={shlex.quote(value)}" for name, value in settings.items())

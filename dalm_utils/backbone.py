@@ -425,7 +425,13 @@ def _check_head(model: PreTrainedModel, tokens: Tensor, mask: Tensor, hidden: Te
 def _try_hidden_states(model: PreTrainedModel, tokens: Tensor, mask: Tensor | None) -> Tensor:
     try:
         return hidden_states(model, tokens, mask).float()
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # as many ways as models
+    except (
+        AttributeError,
+        IndexError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # different models raise different errors
         kind = "an additive [1, 1, L, L] attention mask" if mask is not None else "no attention mask"
         raise ValueError(f"{type(model).__name__} does not work with {kind}: {error}") from error
 

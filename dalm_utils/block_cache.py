@@ -167,7 +167,14 @@ def _prove(model: PreTrainedModel, length: int) -> None:
         other = network.states(*places)
         canvas.copy_(tokens)
         again = network.states(*places)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:  # as many as models
+    except (
+        AttributeError,
+        IndexError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # different models raise different errors
         raise ValueError(f"{type(model).__name__} cannot use cache=True ({error}); use cache=False") from error
     scale = float(full.abs().max()) * (1e-4 if full.dtype == torch.float32 else 3e-2)
     expected = FullPass(model, tokens, None).states(*places)

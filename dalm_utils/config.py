@@ -82,7 +82,7 @@ class RunConfig:
     weight_decay: float = 0.01  # on matrices only
     beta2: float = 0.98  # AdamW's second beta
     clip: float = 1.0  # gradients are scaled down to this norm
-    dropout: float = 0.0  # masking already is noise, and dropout takes a third of a CPU step
+    dropout: float = 0.0  # masking already regularizes, and dropout would add a third to a CPU step
     seed: int = 0  # of times, corruption, annealing masks, data order, dropout
 
     # numerical stability

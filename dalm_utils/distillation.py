@@ -19,7 +19,7 @@ MAX_LOG_RATIO = 50.0  # nats; larger ratios of probabilities do not change the a
 
 @torch.no_grad()
 def fit_teacher_weight(teacher: nn.Module, train: Blocks, held_out: Blocks, largest: float, batch: int = 32) -> float:
-    """`choose_teacher_weight` for a text: a few seconds, for the teacher's pass over the held-out blocks.
+    """`choose_teacher_weight` for a text. It costs one pass of the teacher over the held-out blocks.
 
     Args:
         teacher: an AR model, run in the dtype of its weights.

@@ -28,8 +28,8 @@ class Adapter:
     Here a hook puts the row in where [MASK] was read; nothing needs it in the head, which never predicts [MASK].
 
     Args:
-        rank: of the update of each layer.
-        seed: of its random half; the other half is zero.
+        rank: of each layer's low-rank update.
+        seed: for the initialization of A; B starts at zero.
 
     Raises:
         RuntimeError: peft is not installed.

@@ -1,7 +1,7 @@
 """In which order masked positions are revealed.
 
-N sequences of L positions. Before each forward pass `generate` asks the order which positions are open to it, and after
-the pass which of them to reveal. All tensors here are on the CPU.
+N sequences of L positions. Before each forward pass `generate` asks the order which positions the pass may reveal, and
+after it which of them to reveal. All tensors here are on the CPU.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Remasking(Order):
 
 # ------------------------------------------------------------------- greedy: what the model is surest of, first
 class Greedy(Order):
-    """Reveals, in the leftmost block with a hole, the positions with the highest score; as many in each step."""
+    """Reveals the positions with the highest score in the leftmost block with a hole, equally many in each step."""
 
     def __init__(self, settings: Settings):
         super().__init__(settings)

@@ -34,7 +34,7 @@ from .documents import (
     records,
     split_at,
 )
-from .tokens import begin_id, decode, encode, token_ids, tokenizer_digest
+from .tokens import MASK, begin_id, decode, encode, token_ids, tokenizer_digest
 
 VERSION = 1  # of this file's output: raise it when a change alters what is written
 FORMS = (("prompt", "response"), ("messages",))  # the fields that are looked for when none are named
@@ -217,13 +217,18 @@ def is_pairs(source: str, field: str = RunConfig.field) -> bool:
     with contextlib.suppress(ValueError, FileNotFoundError):
         for _, record in records(source, Skips()):
             if field != RunConfig.field:
-                return isinstance(record.get(field), list) and all(isinstance(turn, dict) for turn in record[field])
+                turns = record.get(field)
+                return isinstance(turns, list) and bool(turns) and all(isinstance(turn, dict) for turn in turns)
             return bool(_forms_in(record)) and field not in record
     return False
 
 
 def _forms_in(record: dict) -> list[tuple[str, ...]]:
-    return [form for form in FORMS if all(record.get(name) is not None for name in form)]
+    """The forms whose fields a record has; where all are null, as in rows of a parquet file, it does not have them."""
+    return [
+        form for form in FORMS
+        if all(name in record for name in form) and any(record[name] is not None for name in form)
+    ]  # fmt: skip
 
 
 def _named(forms: Iterable[tuple[str, ...]]) -> str:
@@ -316,7 +321,8 @@ def _check_messages(tokenizer: PreTrainedTokenizerBase, messages) -> None:
 
 
 def _special_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    """What stands for a token in a rendered chat; [MASK] does so once the tokenizer is a diffusion model's."""
+    return [*(token.content for token in tokenizer.added_tokens_decoder.values() if token.special), MASK]
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], ask: bool) -> str:
@@ -345,7 +351,7 @@ def load_pairs(
         ValueError: a source without a pair, or as `read_pairs`.
         FileNotFoundError: no such source.
     """
-    words = [word for word in _special_words(tokenizer) if word != tokenizer.mask_token]
+    words = [word for word in _special_words(tokenizer) if word != MASK]
     chat = digest(json.dumps([tokenizer.chat_template, words]))
     facts = {
         "pairs": VERSION,
@@ -358,7 +364,7 @@ def load_pairs(
 
 
 def _write(folder: Path, source: str, field: str, tokenizer: PreTrainedTokenizerBase, facts: dict) -> None:
-    """Write the tokens of each split and facts.json. Few pairs, of which a hash may hold out none, are read again."""
+    """Write the tokens of each split and facts.json. A hash may leave a split of few pairs empty; they go by rank."""
     made = _tokenise(folder, source, field, tokenizer, BY_PROMPT)
     if sum(made["documents"].values()) < FEW or not all(made["documents"].values()):
         keys = Counter({_key(pair.pieces[0][0]): 1 for pair in read_pairs(source, tokenizer, field)})

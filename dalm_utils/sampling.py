@@ -14,7 +14,7 @@ from .backbone import check_fits, eval_mode, require_mask_id
 from .block_cache import BlockPass, FullPass, check_cache
 from .head import chunk_rows, logits_of
 from .machine import DTYPES, autocast, pick_precision, send
-from .objective import seeded
+from .objective import hide_padding, seeded
 from .orders import ORDERS, Settings, steps_per_block
 from .tokens import begin_id, decode, encode, unused_ids
 
@@ -90,8 +90,8 @@ def generate(
         threshold: every position whose best token has at least probability `threshold`, and one at least;
             `steps` plays no part.
 
-    Only positions about to be revealed meet the vocabulary filters, and in planned orders the head too; a step that
-    reveals nothing costs nothing.  Tokens are drawn in float64: Gumbel noise in fewer bits lowers the temperature
+    Filters (and in planned orders the head) run only on the positions that are being revealed; a step that reveals
+    nothing costs nothing.  Tokens are drawn in float64: Gumbel noise in fewer bits lowers the temperature
     (2409.02908).
 
     With `cache=True` a pass computes all positions of a sequence only when it begins a block, and after that only the
@@ -99,23 +99,25 @@ def generate(
     masked.  `refresh` makes it a better one, and `refresh=1` exact.
 
     Args:
-        prompt: text before the gap; a list is a batch, whose shorter sequences are padded, unseen by anyone.
+        prompt: text before the gap; a list is a batch, whose shorter sequences are padded. Nothing attends to padding.
         length: tokens to write.
         parts: in place of prompt, length and suffix, texts and gaps: ["x : ", 8, "Returns", 5]; or a list of such.
             A tensor `[n]` of token ids stands for a text that is tokenised already.
-        steps: denoising steps for all blocks together; by default as many as the longest sequence has gaps to fill.
+        steps: denoising steps for all blocks together, divided equally, rounded down; by default one for each masked
+            position of the longest sequence.
         block_length: fill so many positions before any further to the right (semi-autoregressive); None: no blocks.
         cache: whether to compute blocks against cached keys and values; needs `block_length`.
         refresh: with `cache`, compute all positions at every `refresh`-th pass within a block, too.
         temperature: divides the logits; 0 takes the most probable token.
         top_p, top_k: keep the smallest set of tokens with this probability; this many tokens.
-        repetition_penalty: above 1 makes tokens less likely that the sequence shows already (arXiv 1909.05858).
+        repetition_penalty: above 1 makes tokens less likely that the sequence shows already (arXiv 1909.05858); the end
+            token is exempt with `stop_at_end`.
         stop_at_end: what lies right of a block in which the document ends is not computed, and the text ends there.
             As in a `Corpus`, documents end with the begin token. Not with text given after a gap.
         num_samples: texts for each prompt; they stand together in the result.
         progress: a bar on stderr, in tokens.
-        expected: token ids of each whole sequence, the begin token included; one that is filled with another token is
-            left as it is then, with [MASK] in its other gaps.
+        expected: token ids of each whole sequence, the begin token included; sampling of a sequence stops at its first
+            token that differs, with [MASK] in its other gaps.
 
     Raises:
         ValueError: a value out of range, a model without [MASK], more positions than the model can see, or
@@ -145,7 +147,7 @@ def generate(
             states = network.states(rows, columns)  # [M, D]
             kept = chooser.choose(rows, head.distributions(states))
             rows, columns = rows[kept], columns[kept]
-            tokens = head.draw(states, send(kept, states.device), canvas.tokens[send(rows, states.device)])  # [K]
+            tokens = head.draw(states, send(kept, states.device), canvas.seen(send(rows, states.device)))  # [K]
             canvas.reveal(rows, columns, tokens)
             history.append(Reveal(turn.step, rows.tolist(), columns.tolist(), tokens.tolist()))
             canvas.close_ended()
@@ -222,12 +224,16 @@ def _rows(prompt, suffix, length, parts) -> list[Parts]:
         if length is None or length < 1:
             raise ValueError(f"need length >= 1, the number of tokens to write, or parts; got length={length}")
         prompts = prompt if isinstance(prompt, list) else [prompt]
+        if not prompts:
+            raise ValueError("prompt is an empty list; give at least one text")
         return [[text or "", length, suffix or ""] for text in prompts]
     if (prompt, suffix, length) != (None, None, None):
         raise ValueError("give either parts, or prompt, length and suffix")
     rows = parts if parts and isinstance(parts[0], list) else [parts]
     for row in rows:
         gaps = [part for part in row if not isinstance(part, (str, Tensor))]
+        if wrong := [part for part in row if isinstance(part, Tensor) and (part < 0).any()]:
+            raise ValueError(f"token ids must not be negative, got {wrong[0].tolist()}")
         if not gaps or not all(isinstance(gap, int) and gap > 0 for gap in gaps):
             raise ValueError(f"parts are texts and gap sizes, with at least one gap of at least one token; got {row!r}")
     return rows
@@ -263,6 +269,11 @@ class _Canvas:
             raise ValueError(
                 "stop_at_end ends a text in its gap, but here given text follows one; leave one of them out"
             )
+
+    def seen(self, rows: Tensor) -> Tensor:
+        """The tokens that sequences `[K]` show, `[K, L]`. Where text may end, the end token does not count as shown."""
+        tokens = self.tokens[rows]
+        return tokens.masked_fill(tokens == self.begin, self.mask_id) if self.stops else tokens
 
     def hide(self, holes: Tensor) -> None:
         """Mask these `[N, L]`; an order may hide again what was revealed."""
@@ -308,8 +319,7 @@ def _hide_padding(real: Tensor, model, precision: str) -> Tensor | None:
     if real.all():
         return None
     dtypes = {**DTYPES, "fp32": model.dtype}  # without autocast the model computes in its own
-    mask = torch.zeros(real.shape, dtype=dtypes[pick_precision(precision, model.device)])
-    return mask.masked_fill(~real, -torch.inf)[:, None, None].to(model.device)
+    return hide_padding(real.to(model.device), None, dtypes[pick_precision(precision, model.device)])
 
 
 def _network(model, canvas: _Canvas, padding: Tensor | None, cache: bool, refresh: int | None) -> FullPass:

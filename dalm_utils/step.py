@@ -145,9 +145,8 @@ class TrainStep:
         if self.replayed is not None and all(part.count <= capacity for part in parts):
             self.replayed([part.padded(capacity) for part in parts], mask, with_teacher)
         else:
-            parts = (
-                parts if self.config.compile else [part.trimmed() for part in parts]
-            )  # else compiled for each length
+            if not self.config.compile:  # a compiled block would be compiled again for each length
+                parts = [part.trimmed() for part in parts]
             self.compute(
                 [part.map(self._send) for part in parts], None if mask is None else self._send(mask), with_teacher
             )
@@ -189,7 +188,7 @@ def _why_eager(config: RunConfig, accelerator: Accelerator) -> str | None:
     if config.gradient_checkpointing:
         return "gradient_checkpointing is on"
     if not TASKS[config.objective].denoises:
-        return "without an explicit attention mask, transformers waits for the GPU"
+        return f"the objective {config.objective!r} is autoregressive, for which transformers waits for the GPU"
     return None if config.cuda_graph else "cuda_graph is off"
 
 

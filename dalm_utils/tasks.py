@@ -199,8 +199,8 @@ class Finetuning(OnPairs, MaskedDiffusion):
     """Restore masked tokens of answers; a prompt is never masked, and never counts.
 
     The loss is the conditional NELBO, in nats per answer token. An answer continues with a random number of further end
-    tokens, which are masked as it is, up to the length of the longest answer: so the number of [MASK] tokens does not
-    tell how long the answer is, and the model learns to stop in a gap of any size (LLaDA, arXiv 2502.09992, pads so).
+    tokens, up to the length of the longest answer, which are masked like its own. So the number of [MASK] tokens does
+    not tell how long the answer is, and the model learns to stop in a gap of any size (as LLaDA, arXiv 2502.09992).
     """
 
     def check(self) -> None:
@@ -230,7 +230,9 @@ class NextTokenFinetuning(OnPairs, NextToken):
     """Predict every token of an answer from those before it: ordinary finetuning of an AR model, to compare with."""
 
     def attention_mask(self, step: int, dtype: torch.dtype) -> Tensor | None:
-        return annealed_mask(self.config.length, 0.0, dtype=dtype)  # with one for padding, a model takes no other
+        return annealed_mask(
+            self.config.length, 0.0, dtype=dtype
+        )  # an explicit mask for padding replaces the model's causal one
 
 
 TASKS: dict[str, type[Task]] = {  # by `RunConfig.objective`

@@ -20,7 +20,8 @@ from .run import Run, build
 from .stability import Unstable
 
 PAIRED = (  # what the arms of an ablation must have in common, to see the same batches and noise
-    "text", "field", "train_blocks", "length", "batch", "accumulate", "seed", "times", "eps", "device", "precision",
+    "objective", "text", "field", "train_blocks", "length", "batch", "accumulate", "seed", "times", "eps", "device",
+    "precision",
 )  # fmt: skip
 
 
@@ -146,8 +147,9 @@ def _drive(runs: dict[str, Run], report: Callable[[], None] | None) -> None:
     if stopped and not all(run.is_done for run in runs.values()):
         for run in runs.values():
             run.history.stopped_by = asked[0] if asked else signal.SIGTERM  # or another process was asked
-        if first.is_main:
-            print(f"stopped at step {first.step} of {first.total}; run it again to resume there", file=sys.stderr)
+        last = next(run for run in runs.values() if not run.is_done)
+        if last.is_main:
+            print(f"stopped at step {last.step} of {last.total}; run it again to resume there", file=sys.stderr)
 
 
 def _advance(runs: list[Run]) -> bool:
@@ -170,8 +172,8 @@ def _advance(runs: list[Run]) -> bool:
 
 @contextlib.contextmanager
 def _progress_bar(runs: dict[str, Run]) -> Iterator[Callable[[], None]]:
-    """A bar on the main process, and the function that brings it up to date."""
-    first = next(iter(runs.values()))
+    """A bar on the main process for the longest run, and the function that brings it up to date."""
+    first = max(runs.values(), key=lambda run: run.total)
     # Drawn once a second: a notebook's viewer may keep a thousand messages of a cell and lose the rest.
     bar = tqdm(
         total=first.total, initial=first.step, desc=" + ".join(runs), unit="step", mininterval=1,

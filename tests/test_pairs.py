@@ -58,6 +58,27 @@ def test_pairs_are_read_from_json_lines_parquet_and_folders_of_parquet(tmp_path,
     assert is_pairs(str(source))
 
 
+def test_a_first_record_without_an_answer_is_skipped_like_any_other(tmp_path):
+    source = write_lines(tmp_path / "p.jsonl", [{"prompt": "a", "response": None}, *PAIRS[:3]])
+    skips = Skips()
+    assert is_pairs(source) and len(list(read_pairs(source, tiny_tokenizer(), skips=skips))) == 3
+    assert skips.reasons == {"no field 'response'": 1}
+
+
+def test_an_empty_list_of_lines_is_no_conversation(tmp_path):
+    assert not is_pairs(write_lines(tmp_path / "p.jsonl", [{"lines": []}, {"lines": ["a", "b"]}]), "lines")
+
+
+def test_a_chat_that_names_mask_is_skipped_by_every_tokenizer(tmp_path):
+    """An AR model and the diffusion model that is made from it share one prepared text."""
+    source = write_lines(tmp_path / "p.jsonl", [{"messages": conversation("what is [MASK]?", "b")}] * 2)
+    tokenizers = chat_tokenizer(), chat_tokenizer()
+    tokenizers[1].add_special_tokens({"mask_token": "[MASK]"})
+    for tokenizer in tokenizers:
+        skips = Skips()
+        assert not list(read_pairs(source, tokenizer, skips=skips)) and skips.reasons.total() == 2
+
+
 def test_a_field_that_is_null_is_none(tmp_path):
     """As a parquet file has it, where records of two kinds stand together."""
     rows = [{**PAIRS[0], "messages": None}, {"prompt": "a", "response": None, "messages": None}]

@@ -477,3 +477,27 @@ def test_steps_that_reveal_nothing_cost_nothing(diffusion):
 def test_bad_requests_are_refused(diffusion, bad, message):
     with pytest.raises(ValueError, match=message):
         generate(*diffusion, **{**dict(length=4, steps=4), **bad})
+
+
+def test_the_end_token_is_exempt_from_the_repetition_penalty_where_a_text_may_end(monkeypatch):
+    model, tokenizer = tiny_diffusion()
+    shown = []
+    monkeypatch.setattr(sampling, "_penalise", lambda logits, seen, penalty: shown.append(seen) or logits)
+    for stops in (True, False):
+        generate(model, tokenizer, prompt="Return", length=6, stop_at_end=stops, repetition_penalty=1.2)
+        counted = torch.cat(shown)
+        assert bool((counted == tokenizer.bos_token_id).any()) is not stops  # it begins every sequence
+        assert (counted == tokenizer.encode("Return")[0]).any(1).all()
+        shown.clear()
+
+
+@pytest.mark.parametrize(
+    "request_, message",
+    [
+        (dict(prompt=[], length=4), "prompt is an empty list; give at least one text"),
+        (dict(parts=[torch.tensor([5, -1]), 3]), r"token ids must not be negative, got \[5, -1\]"),
+    ],
+)
+def test_requests_without_a_sequence_or_with_impossible_ids_are_refused(request_, message):
+    with pytest.raises(ValueError, match=message):
+        generate(*tiny_diffusion(), **request_)
