@@ -134,6 +134,18 @@ def test_formulas_of_the_page_need_no_network():
 
 
 @pytest.mark.slow
+def test_a_kernel_that_does_not_end_after_its_last_cell_is_not_waited_for(tmp_path, runs, monkeypatch):
+    monkeypatch.setattr(runner, "IDLE_SHUTDOWN", 1)
+    monkeypatch.setattr(runner, "SHUTDOWN", 10**6)
+    stuck = (
+        "import atexit, signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\natexit.register(time.sleep, 10**6)"
+    )
+    path = write_notebook(tmp_path / "stuck.ipynb", stuck, "print('done')")
+    assert main(["notebook", str(path)]) == 0
+    assert printed(runs / "stuck.ipynb") == ["", "done\n"]
+
+
+@pytest.mark.slow
 def test_a_notebook_without_code_runs(tmp_path, runs):
     assert main(["notebook", str(write_notebook(tmp_path / "empty.ipynb"))]) == 0
     assert (runs / "empty.ipynb").is_file() and (runs / "empty.html").is_file()

@@ -30,7 +30,8 @@ from ..config import display_path, runs_folder
 
 RECORD = ".notebooks"  # the hashes of all files that were written to the folder of runs, one per line
 STARTUP = 600  # seconds that a kernel may take to begin, on a busy machine
-SHUTDOWN = 1200  # seconds that a kernel may take to end, since a training step may take minutes
+SHUTDOWN = 1200  # seconds that a kernel may take to end in the middle of a cell: a training step may take minutes
+IDLE_SHUTDOWN = 20  # the same between cells; every so often ipykernel's threads wait for each other for ever
 
 
 def run_notebook(path: Path, *, in_place: bool = False) -> int | None:
@@ -116,14 +117,15 @@ class Client(NotebookClient):
         self.is_executing = False
         self.exit_status: int | None = None  # of a kernel that died
         self.begun = time.monotonic()
-        self.on_cell_start, self.on_notebook_error = self._announce, self._ask_exit_status
+        self.on_cell_start, self.on_cell_executed = self._announce, self._rest
+        self.on_notebook_error = self._ask_exit_status
 
     @property
     def minutes(self) -> float:
         return (time.monotonic() - self.begun) / 60
 
     def create_kernel_manager(self) -> AsyncKernelManager:
-        self.km = AsyncKernelManager(kernel_spec_manager=ThisPython(), shutdown_wait_time=SHUTDOWN)
+        self.km = AsyncKernelManager(kernel_spec_manager=ThisPython(), shutdown_wait_time=IDLE_SHUTDOWN)
         return self.km
 
     async def async_start_new_kernel(self, **options) -> None:
@@ -151,6 +153,10 @@ class Client(NotebookClient):
             self.current = f"cell {number} of {len(self.code)} ({first_line})"
             print(f"[{self.minutes:4.1f} min] cell {number}/{len(self.code)}: {first_line}", flush=True)
 
+    def _rest(self, **_) -> None:
+        if self.km is not None:
+            self.km.shutdown_wait_time = IDLE_SHUTDOWN
+
     async def _ask_exit_status(self, **_) -> None:
         if self.km is not None and self.km.provisioner is not None:
             self.exit_status = await self.km.provisioner.poll()
@@ -158,6 +164,8 @@ class Client(NotebookClient):
     def process_message(self, message, cell, cell_index):
         if message["msg_type"] == "execute_input":
             self.is_executing = True
+            if self.km is not None:
+                self.km.shutdown_wait_time = SHUTDOWN
             if self.stopped_by and self.km is not None:
                 self._send(self.km.interrupt_kernel())
         if message["msg_type"] == "stream" and message["content"]["name"] == "stderr":
