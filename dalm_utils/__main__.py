@@ -306,7 +306,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         _evaluate_pairs(options, model, tokenizer)
         return
     judge = _load_judge(options, origin, model, tokenizer) if options.quality else None
-    base, base_name = _load_base_of(origin, model)
+    base, base_name = _load_base_of(options, origin, model, tokenizer, judge)
     corpus = load_corpus(options.text, tokenizer, field=options.field)
     blocks = corpus.blocks(options.split, options.length, options.blocks)
     kind, figures = _likelihood_figures(model, tokenizer, blocks, options.samples)
@@ -427,33 +427,38 @@ def _infilling_figures(model, tokenizer, blocks, gap: int) -> dict:
 
 
 def _load_judge(options: argparse.Namespace, origin: dict, model, tokenizer):
-    from .backbone import load_base
     from .head import mask_id_of
-    from .tokens import tokenizer_digest
 
     if mask_id_of(model) is None:
         raise ValueError(f"--quality judges what a diffusion model generates; {options.model} is an AR model")
     options.judge = options.judge or _ar_base(origin)
-    judge, its_tokenizer = load_base(options.judge, device="auto")
-    if mask_id_of(judge) is not None or tokenizer_digest(its_tokenizer) != tokenizer_digest(tokenizer):
-        raise ValueError(f"{options.judge} cannot judge {options.model}: name an AR model with the same tokenizer")
-    return judge
+    return _load_ar(options.judge, options.model, tokenizer)
 
 
-def _load_base_of(origin: dict, model):
-    """The AR model from which a diffusion model was made, and its name, to be scored beside it; None if not known."""
+def _load_ar(name: str, model: str, tokenizer):
+    """An AR model with the tokens of another model. Raises ValueError for any other."""
     from .backbone import load_base
+    from .head import mask_id_of
+    from .tokens import tokenizer_digest
+
+    ar, its_tokenizer = load_base(name, device="auto")
+    if mask_id_of(ar) is not None or tokenizer_digest(its_tokenizer) != tokenizer_digest(tokenizer):
+        raise ValueError(f"{name} cannot judge {model}: name an AR model with the same tokenizer")
+    return ar
+
+
+def _load_base_of(options: argparse.Namespace, origin: dict, model, tokenizer, judge):
+    """The AR model from which a diffusion model was made, and its name, to be scored beside it; None if not known."""
     from .head import mask_id_of
 
     if mask_id_of(model) is None or "base" not in origin:
         return None, None
     try:
         name = _ar_base(origin)
-        base, _ = load_base(name, device="auto")
+        return judge if judge and name == options.judge else _load_ar(name, options.model, tokenizer), name
     except (FileNotFoundError, ValueError) as error:
         print(f"the AR model that it was made from is not scored beside it: {error}", file=sys.stderr)
         return None, None
-    return (base, name) if mask_id_of(base) is None else (None, None)
 
 
 def _ar_base(origin: dict) -> str:
