@@ -8,6 +8,7 @@ import json
 import os
 import signal
 
+import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
@@ -189,3 +190,18 @@ def stop_after(step: int):
 def number_word(number: int) -> str:
     """Letters for a number, so that documents differ in their words."""
     return "".join("abcdefghij"[int(digit)] for digit in str(number))
+
+
+def assert_same_loss_and_gradients(model, ours, plain) -> None:
+    """Two functions that compute a loss of a model agree, and so do the gradients of all of its parameters."""
+    results = []
+    for loss_of in (ours, plain):
+        model.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        results.append((loss.item(), [p.grad.clone() for p in model.parameters()]))
+    (our_loss, our_grads), (plain_loss, plain_grads) = results
+    assert our_loss == pytest.approx(plain_loss, rel=1e-5)
+    largest = max(float(grad.abs().max()) for grad in plain_grads)
+    for a, b in zip(our_grads, plain_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * largest)

@@ -137,6 +137,15 @@ def allow_fsdp_on_cpus() -> None:
     training.make_accelerator = accelerator
 
 
+def kill_at(step: int, folder: Path, changes: dict) -> None:
+    """Train in a process that is killed at a step."""
+    gate = Gate(step)
+    process = start(folder, changes, on_log=gate.hold)
+    gate.wait(process)
+    process.kill()
+    assert exit_codes(process) == [-9]
+
+
 def start(folder: Path, changes: dict, environment: dict | None = None, on_log: Callable | None = None):
     """A process that trains; `.kill()` sends SIGKILL, `.terminate()` SIGTERM. It does not outlive the tests."""
     process = CONTEXT.Process(target=train_tiny, args=(folder, changes, environment, on_log), daemon=True)

@@ -17,6 +17,7 @@ from dalm_utils.run import build
 from dalm_utils.tasks import TASKS
 from tests.helpers import (
     FAMILIES,
+    assert_same_loss_and_gradients,
     comparable,
     number_word,
     stop_after,
@@ -26,7 +27,7 @@ from tests.helpers import (
     tiny_model,
     tiny_tokenizer,
 )
-from tests.processes import Gate, exit_codes, start, start_many
+from tests.processes import exit_codes, kill_at, start_many
 from tests.test_documents import write_lines
 
 QUESTIONS = [
@@ -123,20 +124,11 @@ def test_loss_and_gradients_equal_the_plain_definition(tmp_path, family, step):
     model, tokenizer = tiny_diffusion(family, tied=False)
     task = task_of(pairs_config(tmp_path, batch=6), model, tokenizer)
     assert (task.attention_mask(step, torch.float32) is None) == (step == 20)
-    results = []
-    for loss_of in (
+    assert_same_loss_and_gradients(
+        model,
         lambda: batch_loss(model, task.draw(step), task.attention_mask(step, torch.float32)).loss,
         lambda: plain_loss(model, task, step),
-    ):
-        model.zero_grad()
-        loss = loss_of()
-        loss.backward()
-        results.append((loss.item(), [p.grad.clone() for p in model.parameters()]))
-    (ours, our_grads), (plain, plain_grads) = results
-    assert ours == pytest.approx(plain, rel=1e-5)
-    largest = max(float(grad.abs().max()) for grad in plain_grads)
-    for a, b in zip(our_grads, plain_grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * largest)
+    )
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -247,11 +239,8 @@ def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path):
     options = dict(steps=16, sample_every=8)
     whole_model, tokenizer = tiny_diffusion()
     whole = train(whole_model, tokenizer, pairs_config(tmp_path / "whole", **options))
-    config, gate = pairs_config(tmp_path, **options), Gate(step=10)
-    process = start(tmp_path, vars(config), on_log=gate.hold)
-    gate.wait(process)
-    process.kill()
-    assert exit_codes(process) == [-9]
+    config = pairs_config(tmp_path, **options)
+    kill_at(10, tmp_path, vars(config))
     model, tokenizer = tiny_diffusion()
     assert comparable(train(model, tokenizer, config)) == comparable(whole)
     for name, weight in model.state_dict().items():

@@ -25,7 +25,7 @@ from tests.helpers import (
     tiny_model,
     tiny_tokenizer,
 )
-from tests.processes import Gate, exit_codes, start, start_many
+from tests.processes import exit_codes, kill_at, start_many
 from tests.test_finetuning import pairs_config
 from tests.test_objective import noisy_batch
 
@@ -144,11 +144,8 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, backgro
 def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path):
     whole_model, tokenizer = tiny_diffusion()
     whole = train(whole_model, tokenizer, lora_config(tmp_path / "whole"))
-    config, gate = lora_config(tmp_path), Gate(step=10)
-    process = start(tmp_path, vars(config), on_log=gate.hold)
-    gate.wait(process)
-    process.kill()
-    assert exit_codes(process) == [-9]
+    config = lora_config(tmp_path)
+    kill_at(10, tmp_path, vars(config))
     model, tokenizer = tiny_diffusion()
     assert comparable(train(model, tokenizer, config)) == comparable(whole)
     assert torch.equal(logits(model), logits(whole_model))

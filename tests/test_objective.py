@@ -9,7 +9,7 @@ from dalm_utils import annealed_mask, corrupt, diffusion_loss, head, objective, 
 from dalm_utils.backbone import hidden_states
 from dalm_utils.head import _WeightedNLL, logits_of
 from dalm_utils.objective import Batch, batch_loss
-from tests.helpers import FAMILIES, tiny_diffusion, tiny_model
+from tests.helpers import FAMILIES, assert_same_loss_and_gradients, tiny_diffusion, tiny_model
 
 
 def noisy_batch(shape=(4, 12)):
@@ -44,24 +44,12 @@ def test_loss_and_gradients_equal_the_plain_definition(family, shift, normalize,
     tokens, noised, masked, times = noisy_batch(shape=(48, 16))
     assert masked.sum() > 256
     mask = annealed_mask(16, 0.5, generator=torch.Generator().manual_seed(1))
-    results = []
-    for loss_of in (
-        lambda: (
-            diffusion_loss(
-                model, tokens, noised, masked, times, attention_mask=mask, shift=shift, normalize=normalize
-            ).loss
-        ),
+    options = dict(attention_mask=mask, shift=shift, normalize=normalize)
+    assert_same_loss_and_gradients(
+        model,
+        lambda: diffusion_loss(model, tokens, noised, masked, times, **options).loss,
         lambda: plain_loss(model, tokens, noised, masked, times, mask, shift, normalize),
-    ):
-        model.zero_grad()
-        loss = loss_of()
-        loss.backward()
-        results.append((loss.item(), [p.grad.clone() for p in model.parameters()]))
-    (ours, our_grads), (plain, plain_grads) = results
-    assert ours == pytest.approx(plain, rel=1e-5)
-    largest = max(float(grad.abs().max()) for grad in plain_grads)
-    for a, b in zip(our_grads, plain_grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * largest)
+    )
 
 
 @pytest.mark.parametrize("shift", [True, False])
