@@ -343,7 +343,9 @@ def _evaluate_pairs(options: argparse.Namespace, model, tokenizer) -> None:
 
 def _show(options: argparse.Namespace, kind: str, scored: str, count: int, figures: dict) -> None:
     """Print the figures as a table, or as one JSON object."""
-    figures = {name: _finite(value) for name, value in figures.items()}
+    from .history import finite
+
+    figures = {name: finite(value) for name, value in figures.items()}
     if options.json:
         asked = {name: getattr(options, name) for name in ("model", "text", "field", "split", "length")}
         print(json.dumps({**asked, "blocks": count, "likelihood": kind, **figures}))
@@ -483,11 +485,6 @@ def _quality_figures(model, tokenizer, blocks, judge, options) -> dict:
         for measure, error in quality.stderr.items():
             figures |= {f"{name}_{measure}": getattr(quality, measure), f"{name}_{measure}_stderr": error}
     return figures
-
-
-def _finite(value):
-    """None for NaN and infinity, which JSON does not have."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ------------------------------------------------------------------------------------------------- data

@@ -107,6 +107,11 @@ class History:
         return None
 
 
+def finite(value):
+    """None for NaN and infinity, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _line(record: dict) -> str:
     return json.dumps(record) + "\n"
 

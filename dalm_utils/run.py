@@ -31,7 +31,7 @@ from .config import FREE_FIELDS, RunConfig
 from .distillation import fit_teacher_weight
 from .evaluation import Estimate
 from .head import mask_id_of
-from .history import History
+from .history import History, finite
 from .lora import Adapter
 from .machine import DTYPES, pick_device, pick_precision
 from .processes import (
@@ -289,8 +289,8 @@ class Run:
         self.train_step.loss.zero_()
         self.window_steps = 0
         figures = {
-            "loss": _finite(loss),
-            "grad_norm": _finite(norm),
+            "loss": finite(loss),
+            "grad_norm": finite(norm),
             "lr": rate,
             **({"ratio": self.task.ratio(self.step - 1)} if self.task.denoises else {}),
             **stability,
@@ -310,7 +310,7 @@ class Run:
     def _figures(self, score: Estimate) -> dict:
         key = self.task.metric
         figures = {key: score.mean, f"{key}_stderr": score.stderr, "bits_per_byte": score.bits_per_byte}
-        return {name: _finite(value) for name, value in figures.items()}
+        return {name: finite(value) for name, value in figures.items()}
 
     def _evaluate(self) -> tuple[dict, str | None]:
         """The held-out score, the best model saved, and what is wrong, if anything."""
@@ -471,10 +471,6 @@ def _digest(model: nn.Module) -> str:
     for weight in model.parameters():
         hashed.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
     return hashed.hexdigest()
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON has no NaN
 
 
 def _memory(device: torch.device) -> float:
