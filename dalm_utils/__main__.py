@@ -223,6 +223,7 @@ def _add_sample(commands) -> None:
     command.add_argument("model", help="a folder or shipped name, e.g. checkpoints/runs/gpt2-laptop/best")
     command.add_argument("--prompt", help="text before the gap")
     command.add_argument("--suffix", help="text after the gap")
+    command.add_argument("--chat", action="store_true", help="the prompt is a user's message to a chat model")
     command.add_argument("--length", type=int, default=64, help="tokens to generate (default: 64)")
     command.add_argument("--steps", type=int, help="denoising steps; by default one for each token")
     command.add_argument(
@@ -261,16 +262,28 @@ def _sample(options: argparse.Namespace) -> None:
     from .backbone import load_diffusion
     from .sampling import generate
 
+    if options.chat and (options.prompt is None or options.suffix is not None):
+        raise ValueError("--chat needs a --prompt, the user's message, and takes no --suffix")
+    model, tokenizer = load_diffusion(options.model, device="auto")
     names = (
-        "prompt", "suffix", "length", "steps", "order", "threshold", "remask", "block_length", "cache", "refresh",
+        "steps", "order", "threshold", "remask", "block_length", "cache", "refresh",
         "temperature", "top_p", "top_k", "repetition_penalty", "stop_at_end", "seed",
     )  # fmt: skip
     how = {name: getattr(options, name) for name in names}
-    samples = generate(*load_diffusion(options.model, device="auto"), **how, num_samples=options.num, progress=True)
+    samples = generate(model, tokenizer, **_gap(options, tokenizer), **how, num_samples=options.num, progress=True)
     if options.json:
         print(json.dumps({"texts": samples.text, "forward_passes": samples.forward_passes}))
     else:
         print("\n\n---\n\n".join(samples.text))
+
+
+def _gap(options: argparse.Namespace, tokenizer) -> dict:
+    """The arguments of `generate` that say what is given and what is to be written."""
+    from .pairs import chat_prompt
+
+    if options.chat:
+        return {"parts": [chat_prompt(tokenizer, [{"role": "user", "content": options.prompt}]), options.length]}
+    return {name: getattr(options, name) for name in ("prompt", "suffix", "length")}
 
 
 # --------------------------------------------------------------------------------------------- evaluate

@@ -65,9 +65,9 @@ class RunConfig:
     normalize: Literal["maskable", "masked"] = "maskable"  # divide by maskable tokens (NELBO) or masked (released code)
     times: Literal["stratified", "uniform"] = "stratified"  # how t is drawn; stratified over the global batch
     eps: float = 1e-3  # the smallest t
-    distill: float = 0.0  # weight of the frozen base's prediction in the target; the token itself has weight 1
-    distill_fit: bool = False  # lower that weight to what the base's predictions of this text are worth
-    distill_steps: int | None = None  # steps over which that weight falls to 0 (None: the whole run)
+    distill: float = 0.0  # how much the frozen base's prediction counts in the target, against 1 for the token itself
+    distill_fit: bool = False  # lower `distill` to what the base's predictions of this text are worth
+    distill_steps: int | None = None  # steps over which `distill` falls to 0 (None: the whole run)
     lora_rank: int = 0  # train adapters of this rank (LoRA), and [MASK]'s embedding; 0: all weights
 
     # the optimizer

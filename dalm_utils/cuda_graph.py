@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .machine import pinned
 from .objective import Batch
 
 WARM_UP = 3  # eager steps before a capture: meanwhile libraries allocate workspaces and choose kernels
@@ -79,7 +80,7 @@ class ReplayedStep:
 
     def _fill(self, buffer: Tensor | None, tensor: Tensor) -> None:
         assert buffer is not None  # a key with a mask has a buffer for it
-        buffer.copy_(tensor.pin_memory() if self.device.type == "cuda" else tensor, non_blocking=True)
+        buffer.copy_(pinned(tensor, self.device), non_blocking=True)
 
     def _run_eagerly(self) -> None:
         assert self.inputs is not None

@@ -18,13 +18,13 @@ MAX_LOG_RATIO = 50.0  # nats; larger ratios of probabilities do not change the a
 
 
 @torch.no_grad()
-def fit_teacher_weight(teacher: nn.Module, train: Blocks, held_out: Blocks, largest: float, batch: int = 32) -> float:
-    """`choose_teacher_weight` for a text. It costs one pass of the teacher over the held-out blocks.
+def fit_distill(teacher: nn.Module, train: Blocks, held_out: Blocks, largest: float, batch: int = 32) -> float:
+    """`choose_distill` for a text. It costs one pass of the teacher over the held-out blocks.
 
     Args:
         teacher: an AR model, run in the dtype of its weights.
         train, held_out: blocks of the text.
-        largest: the configured weight, an upper bound.
+        largest: an upper bound, the configured `distill`.
         batch: blocks in one forward pass.
     """
     blocks = held_out[list(range(len(held_out)))]  # [N, L]
@@ -36,7 +36,7 @@ def fit_teacher_weight(teacher: nn.Module, train: Blocks, held_out: Blocks, larg
         nll.append(diffusion_loss(teacher, tokens, tokens, everything, ones, attention_mask=causal).token_nll.cpu())
     vocab = 1 + int(max(blocks.max(), counted.max()))
     frequencies = unigram_nll(counted, blocks[:, 1:].flatten(), vocab)
-    return choose_teacher_weight(torch.cat(nll), frequencies, largest)
+    return choose_distill(torch.cat(nll), frequencies, largest)
 
 
 def unigram_nll(train_tokens: Tensor, held_out: Tensor, vocab_size: int) -> Tensor:
@@ -52,8 +52,8 @@ def unigram_nll(train_tokens: Tensor, held_out: Tensor, vocab_size: int) -> Tens
     return -(counts / counts.sum()).log()[held_out]
 
 
-def choose_teacher_weight(teacher_nll: Tensor, unigram_nll: Tensor, largest: float) -> float:
-    """The weight of the teacher's prediction in the training target, where the token itself has weight 1, for one text.
+def choose_distill(teacher_nll: Tensor, unigram_nll: Tensor, largest: float) -> float:
+    """The `distill` that a text deserves: the weight of the teacher's prediction in the target, against 1 of the token.
 
     Mix the teacher with a model that knows token frequencies and nothing else, and take the teacher's fraction of the
     mixture that makes held-out tokens most likely (linear interpolation with held-out estimation, Jelinek and Mercer,
@@ -61,17 +61,17 @@ def choose_teacher_weight(teacher_nll: Tensor, unigram_nll: Tensor, largest: flo
 
         fraction = argmax over s in [0, largest / (1 + largest)] of
                    mean over tokens of log(s * p_teacher(token) + (1 - s) * p_unigram(token))
-        weight = fraction / (1 - fraction)
+        distill = fraction / (1 - fraction)
 
     The objective is concave in s, so the maximum is where its slope changes sign, or at an end of the interval.
 
     Args:
         teacher_nll: -log p of each held-out token given the tokens before it, in nats, any shape.
         unigram_nll: the same tokens under their frequencies in the training split, see `unigram_nll`.
-        largest: an upper bound, the configured weight.
+        largest: an upper bound, the configured `distill`.
 
     Returns:
-        a weight in [0, largest].
+        a number in [0, largest].
 
     Raises:
         ValueError: no tokens, unequal numbers of them, an NLL that is not finite, or a `largest` that is negative or

@@ -16,9 +16,10 @@ from .checkpoint import warn, write_file
 class History:
     """What a run recorded, one dictionary per logged step, kept in `history.jsonl` while it grows.
 
-    Keys: step, tokens, loss (mean since the last record), ratio, lr, grad_norm, seconds, tokens_per_second, memory
-    (GiB), eta (seconds), and on evaluated steps nelbo (nats per token), nelbo_stderr, bits_per_byte; a generated
-    text under sample. AR runs have nll instead of nelbo. A value that was not finite is None.
+    Keys: step, tokens (positions read so far, padding of pairs included), loss (mean since the last record), ratio,
+    lr, grad_norm, seconds, tokens_per_second, memory (GiB), eta (seconds), and on evaluated steps nelbo (nats per
+    token), nelbo_stderr, bits_per_byte; a generated text under sample. AR runs have nll instead of nelbo. A value that
+    was not finite is None.
     About stability: skipped (steps so far whose gradient was not finite or a spike), spikes, largest_norm (since the
     last record), norm_limit (a larger norm would be a spike now), saturated (fraction of the predictions), loss_scale
     (FP16); and event, a sentence, where a run rolled back or ran out of patience.

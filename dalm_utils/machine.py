@@ -92,8 +92,11 @@ def autocast(device: torch.device, precision: str = "auto") -> contextlib.Abstra
     return torch.autocast(device.type, dtype=DTYPES[precision])
 
 
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same tensor where the device can read it by itself: a GPU copies from pinned memory while it computes."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy from the CPU to a device without waiting: a GPU reads pinned memory while it computes."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    """Copy from the CPU to a device without waiting."""
+    return pinned(tensor, device).to(device, non_blocking=True)

@@ -398,29 +398,32 @@ def restored_text(pieces: list[tuple[str, str]], width: int = 96) -> None:
     _show(figure)
 
 
-CHARACTER = 0.079  # inches per character of a paragraph, at its font size
-INKS = {"given": "#111111", "old": "#111111", "masked": GREY, "new": ORANGE, "right": GREEN, "wrong": RED}
+CHARACTER = 0.08  # inches per character of a paragraph, at its font size
+INKS = {"given": "#111111", "old": "#111111", "masked": "#c9ced6", "new": ORANGE, "right": GREEN, "wrong": RED}
+BOX, EDGE = "█", "▉"  # a masked character, and the last one of its token
 
 
 def _paragraph(axis, pieces: list[tuple[str, str]], width: int) -> int:
-    """Draw pieces of text in their states, in lines of `width` characters; returns the number of lines."""
-    line, column = 0, 0
+    """Draw pieces of text in their states, in lines of `width` characters; returns the number of lines.
+
+    Each line is drawn once per state, with spaces where the other states are, so that no character leaves its column.
+    """
+    lines: list[list[tuple[str, str]]] = [[]]  # of characters and their states
     for text, state in pieces:
         for word in re.findall(rf"\n|[^\n]{{1,{width}}}", text):
-            if word == "\n" or column + len(word) > width:
-                line, column = line + 1, 0
-            if word == "\n":
-                continue
-            if state == "masked":
-                box = plt.Rectangle((column, -line - 0.8), len(word) - 0.15, 0.75, color="#c9ced6", lw=0)
-                axis.add_patch(box)
-            else:
-                plain = "".join(c if c.isprintable() else "·" for c in word).replace("$", r"\$")
-                axis.text(column, -line - 0.42, plain, family="monospace", fontsize=9, va="center", color=INKS[state])
-            column += len(word)
-    axis.set(xlim=(0, width), ylim=(-line - 1.1, 0.1))
+            if word == "\n" or len(lines[-1]) + len(word) > width:
+                lines.append([])
+            if word != "\n":
+                shown = BOX * (len(word) - 1) + EDGE if state == "masked" else word
+                lines[-1] += [(character if character.isprintable() else "·", state) for character in shown]
+    style = dict(family="monospace", fontsize=9, va="center", parse_math=False)
+    for number, line in enumerate(lines):
+        for state in dict.fromkeys(state for _, state in line):
+            shown = "".join(character if its == state else " " for character, its in line).rstrip()
+            axis.text(0, -number - 0.42, shown, color=INKS[state], **style)
+    axis.set(xlim=(0, width), ylim=(-len(lines) - 0.1, 0.1))
     axis.axis("off")
-    return line + 1
+    return len(lines)
 
 
 def by_time(scores: dict[str, Restored]) -> None:

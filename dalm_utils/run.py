@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .backbone import as_diffusion, check_finite, check_fits, load_base, randomize, save_diffusion
 from .checkpoint import RunFolder
 from .config import FREE_FIELDS, RunConfig
-from .distillation import fit_teacher_weight
+from .distillation import fit_distill
 from .evaluation import Estimate
 from .head import mask_id_of
 from .history import History, finite
@@ -84,9 +84,9 @@ def learning_rate(config: RunConfig, step: int, steps: int) -> float:
 
 
 def teacher_weight(distill: float, step: int, steps: int) -> float:
-    """The teacher's fraction of the target, w / (1 + w), where w falls linearly from `distill` to 0 over the steps."""
-    weight = distill * max(0.0, 1 - step / steps)
-    return weight / (1 + weight)
+    """The teacher's weight in the target, r / (1 + r), where r falls linearly from `distill` to 0 over the steps."""
+    ratio = distill * max(0.0, 1 - step / steps)
+    return ratio / (1 + ratio)
 
 
 class Run:
@@ -136,9 +136,9 @@ class Run:
             self.train_step = TrainStep(self.task, config, accelerator, self.precision, teacher)
             self._restore(newest)
             if newest is None and teacher is not None and config.distill_fit:
-                self.distill = on_main(  # all processes must have the same weight
+                self.distill = on_main(  # every process gets the same
                     accelerator,
-                    lambda: fit_teacher_weight(teacher, self.task.train, self.task.held_out, config.distill),
+                    lambda: fit_distill(teacher, self.task.train, self.task.held_out, config.distill),
                 )
             self._announce(newest)
         except BaseException:

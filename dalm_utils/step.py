@@ -84,7 +84,7 @@ class TrainStep:
         """Take step `step` (from 0); returns its gradient norm, a scalar on the device that the next step overwrites.
 
         Args:
-            teacher_weight: the fraction of the target that is the teacher's prediction, in [0, 1].
+            teacher_weight: of the teacher's prediction in the target, in [0, 1]; the token itself has the rest.
         """
         batch = self.task.draw(step)  # the tokens of all processes, their times, and which of them are masked
         mask = self.task.attention_mask(step, self.dtype)  # [1, 1, L, L], or None once every edge is open

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from dalm_utils.distillation import choose_teacher_weight, unigram_nll
+from dalm_utils.distillation import choose_distill, unigram_nll
 
 
 def test_unigram_nll_is_that_of_smoothed_frequencies():
@@ -19,7 +19,7 @@ def nlls(seed=0, tokens=2000):
 
 def test_the_weight_maximises_the_likelihood_of_held_out_tokens():
     teacher, unigram = nlls()
-    weight = choose_teacher_weight(teacher, unigram, 16.0)
+    weight = choose_distill(teacher, unigram, 16.0)
     fractions = torch.linspace(0, 16 / 17, 20_001, dtype=torch.float64)
     mixed = torch.logaddexp(
         fractions[:, None].log() - teacher.double(), (1 - fractions)[:, None].log() - unigram.double()
@@ -36,32 +36,32 @@ def test_a_known_mixture_is_recovered():
     unigram = torch.randn(vocab, generator=draws).softmax(-1)
     where = torch.randint(contexts, (tokens,), generator=draws)
     token = torch.multinomial((0.75 * teacher + 0.25 * unigram)[where], 1, generator=draws)[:, 0]
-    weight = choose_teacher_weight(-teacher[where, token].log(), -unigram[token].log(), 16.0)
+    weight = choose_distill(-teacher[where, token].log(), -unigram[token].log(), 16.0)
     assert weight == pytest.approx(3.0, rel=0.05)
 
 
 def test_a_teacher_that_is_always_better_gets_all_that_is_allowed_and_one_that_is_never_better_nothing():
     unigram = torch.linspace(4.0, 10.0, 100)
-    assert choose_teacher_weight(unigram - 3, unigram, 16.0) == 16.0
-    assert choose_teacher_weight(unigram + 3, unigram, 16.0) == 0.0
+    assert choose_distill(unigram - 3, unigram, 16.0) == 16.0
+    assert choose_distill(unigram + 3, unigram, 16.0) == 0.0
 
 
 def test_the_weight_never_exceeds_the_largest_and_grows_with_it_until_the_optimum():
     teacher, unigram = nlls()
-    weights = [choose_teacher_weight(teacher, unigram, largest) for largest in (0.0, 0.1, 1.0, 4.0, 16.0, 1e6)]
+    weights = [choose_distill(teacher, unigram, largest) for largest in (0.0, 0.1, 1.0, 4.0, 16.0, 1e6)]
     best = weights[-1]
     assert weights == [pytest.approx(min(largest, best)) for largest in (0.0, 0.1, 1.0, 4.0, 16.0, 1e6)]
 
 
 def test_a_better_teacher_gets_a_larger_weight():
     teacher, unigram = nlls()
-    weights = [choose_teacher_weight(teacher + worse, unigram, 16.0) for worse in (-1.0, 0.0, 1.0, 2.0)]
+    weights = [choose_distill(teacher + worse, unigram, 16.0) for worse in (-1.0, 0.0, 1.0, 2.0)]
     assert weights == sorted(weights, reverse=True) and len(set(weights)) == 4
 
 
 def test_hopeless_and_certain_predictions_do_not_overflow():
     teacher, unigram = torch.tensor([1e4, 0.0, 0.0]), torch.tensor([0.0, 1e4, 1e4])
-    assert choose_teacher_weight(teacher, unigram, 16.0) == pytest.approx(2.0, rel=1e-6)
+    assert choose_distill(teacher, unigram, 16.0) == pytest.approx(2.0, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -77,4 +77,4 @@ def test_hopeless_and_certain_predictions_do_not_overflow():
 )
 def test_what_cannot_be_compared_is_an_error(teacher, unigram, largest, message):
     with pytest.raises(ValueError, match=message):
-        choose_teacher_weight(torch.tensor(teacher), torch.tensor(unigram), largest)
+        choose_distill(torch.tensor(teacher), torch.tensor(unigram), largest)

@@ -255,6 +255,31 @@ def test_every_option_of_sample_reaches_the_sampler(tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out == "a\n"
 
 
+def test_a_chat_prompt_is_rendered_by_the_template_of_the_tokenizer(tmp_path, monkeypatch):
+    model, tokenizer = tiny_diffusion()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+    save_diffusion(model, tokenizer, tmp_path / "model")
+    asked = []
+    monkeypatch.setattr(
+        sampling, "generate", lambda model, tokenizer, **options: asked.append(options) or SimpleNamespace(text=["a"])
+    )
+    assert main(["sample", str(tmp_path / "model"), "--chat", "--prompt", "Hello", "--length", "5"]) == 0
+    prompt, gap = asked[0]["parts"]
+    assert tokenizer.decode(prompt) == "user: Hello\nassistant:" and gap == 5
+    assert not asked[0].keys() & {"prompt", "suffix", "length"}
+
+
+@pytest.mark.parametrize(
+    "words, error",
+    [([], "--chat needs a --prompt"), (["--prompt", "a", "--suffix", "b"], "takes no --suffix"),
+     (["--prompt", "a"], "has no chat template")],
+)  # fmt: skip
+def test_a_chat_without_what_it_needs_is_refused(tmp_path, capsys, words, error):
+    save_diffusion(*tiny_diffusion(), tmp_path / "model")
+    assert main(["sample", str(tmp_path / "model"), "--chat", *words]) == 1
+    assert error in capsys.readouterr().err
+
+
 def test_a_damaged_model_is_one_line(tmp_path, capsys):
     save_diffusion(*tiny_diffusion(), tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"

@@ -217,20 +217,32 @@ def test_the_strip_draws_each_token_masked_then_new_then_old(shown):
     model, tokenizer = tiny_diffusion()
     samples = generate(model, tokenizer, prompt="Return", length=10, steps=5, return_history=True)
     plots.strip(samples, tokenizer, frames=3)
-    first, middle, last = shown[0].axes
-    assert len(first.patches) == 10 and len(last.patches) == 0
-    assert 0 < len(middle.patches) < 10
-    colors = [text.get_color() for text in last.texts]
-    assert plots.ORANGE in colors and colors[0] == "#111111"
-    assert f"after 0 of {len(samples.history)} passes" in first.get_title(loc="left")
+    first, middle, last = (texts_of(axis) for axis in shown[0].axes)
+    hidden = "#c9ced6"
+    assert first[hidden].count(plots.EDGE) == 10 and "Return" in first["#111111"]
+    assert 0 < middle[hidden].count(plots.EDGE) < 10 and hidden not in last
+    assert plots.ORANGE in last and plots.ORANGE not in first
+    assert f"after 0 of {len(samples.history)} passes" in shown[0].axes[0].get_title(loc="left")
 
 
-def test_restored_text_colours_right_and_wrong_tokens(shown):
+def texts_of(axis) -> dict[str, str]:
+    """What is drawn in each colour, all lines together."""
+    drawn: dict[str, str] = {}
+    for text in axis.texts:
+        drawn[text.get_color()] = drawn.get(text.get_color(), "") + text.get_text()
+    return drawn
+
+
+def test_restored_text_colours_right_and_wrong_tokens_in_their_columns(shown):
     pieces = [("the mean of", "given"), (" an", "right"), (" old", "wrong"), (" array\nof $x$", "given")]
-    plots.restored_text(pieces, width=20)
-    (axis,) = shown[0].axes
-    drawn = {text.get_text(): text.get_color() for text in axis.texts}
-    assert drawn[" an"] == plots.GREEN and drawn[" old"] == plots.RED and r"of \$x\$" in drawn
+    plots.restored_text(pieces, width=30)
+    drawn = [(text.get_text(), text.get_color()) for text in shown[0].axes[0].texts]
+    assert drawn == [
+        ("the mean of        array", "#111111"),
+        ("            an", plots.GREEN),
+        ("               old", plots.RED),
+        ("of $x$", "#111111"),
+    ]
 
 
 def test_the_figure_by_time_shows_both_models_and_the_paired_gain(shown):

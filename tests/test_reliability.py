@@ -315,7 +315,8 @@ print("the curve has", len(history.records), "records")
 def test_the_stop_button_ends_a_cell_cleanly_and_it_goes_on_when_run_again(tmp_path):
     """A real kernel, interrupted twice in the same cell."""
     config = tiny_config(tmp_path, steps=100, log_every=1)
-    manager = KernelManager(transport="ipc")  # sockets without a port that another program may take first
+    sockets = tempfile.TemporaryDirectory()  # files, not ports, which another program may take first; short paths
+    manager = KernelManager(transport="ipc", ip=f"{sockets.name}/kernel")
     manager.start_kernel(cwd=str(PROJECT))
     client = manager.blocking_client()
     client.start_channels()
@@ -339,6 +340,7 @@ def test_the_stop_button_ends_a_cell_cleanly_and_it_goes_on_when_run_again(tmp_p
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
+        sockets.cleanup()
 
 
 class Payload:

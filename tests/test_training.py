@@ -137,13 +137,13 @@ def test_the_teacher_fades_and_a_model_from_scratch_has_none(tmp_path, monkeypat
 
 def test_a_resumed_run_keeps_the_weight_that_was_fitted_to_its_text(tmp_path, monkeypatch, capsys):
     config = tiny_config(tmp_path, base=tiny_base(tmp_path), distill=4.0, distill_fit=True)
-    monkeypatch.setattr("dalm_utils.run.fit_teacher_weight", lambda teacher, train, held_out, largest: largest / 8)
+    monkeypatch.setattr("dalm_utils.run.fit_distill", lambda teacher, train, held_out, largest: largest / 8)
     with opened(*tiny_diffusion(), config) as run:
         assert run.distill == 0.5 and run._teacher_weight() == pytest.approx(1 / 3)
         assert "distill lowered from 4 to 0.5" in capsys.readouterr().err
         run.step = 3
         run.save()
-    monkeypatch.setattr("dalm_utils.run.fit_teacher_weight", lambda *_: pytest.fail("it was chosen before"))
+    monkeypatch.setattr("dalm_utils.run.fit_distill", lambda *_: pytest.fail("it was chosen before"))
     with opened(*tiny_diffusion(), config) as run:
         assert run.distill == 0.5
 
@@ -160,7 +160,7 @@ def test_one_process_fits_the_weight_for_all(tmp_path, monkeypatch):
             where.pop()
 
     monkeypatch.setattr("dalm_utils.run.on_main", on_main)
-    monkeypatch.setattr("dalm_utils.run.fit_teacher_weight", lambda *_: {"on main": 0.5}[where[-1]])
+    monkeypatch.setattr("dalm_utils.run.fit_distill", lambda *_: {"on main": 0.5}[where[-1]])
     config = tiny_config(tmp_path, base=tiny_base(tmp_path), distill=4.0, distill_fit=True)
     with opened(*tiny_diffusion(), config) as run:
         assert run.distill == 0.5

@@ -146,7 +146,6 @@ class Client(NotebookClient):
     def _announce(self, cell: nbformat.NotebookNode, **_) -> None:
         if self.stopped_by:
             raise RuntimeError("stopped")
-        self.is_executing = False
         if cell.cell_type == "code" and cell.source.strip():
             number = next(n for n, other in enumerate(self.code, 1) if other is cell)
             first_line = next(line for line in cell.source.splitlines() if line.strip())[:90]
@@ -154,8 +153,12 @@ class Client(NotebookClient):
             print(f"[{self.minutes:4.1f} min] cell {number}/{len(self.code)}: {first_line}", flush=True)
 
     def _rest(self, **_) -> None:
+        self._set_executing(False)
+
+    def _set_executing(self, executing: bool) -> None:
+        self.is_executing = executing
         if self.km is not None:
-            self.km.shutdown_wait_time = IDLE_SHUTDOWN
+            self.km.shutdown_wait_time = SHUTDOWN if executing else IDLE_SHUTDOWN
 
     async def _ask_exit_status(self, **_) -> None:
         if self.km is not None and self.km.provisioner is not None:
@@ -163,9 +166,7 @@ class Client(NotebookClient):
 
     def process_message(self, message, cell, cell_index):
         if message["msg_type"] == "execute_input":
-            self.is_executing = True
-            if self.km is not None:
-                self.km.shutdown_wait_time = SHUTDOWN
+            self._set_executing(True)
             if self.stopped_by and self.km is not None:
                 self._send(self.km.interrupt_kernel())
         if message["msg_type"] == "stream" and message["content"]["name"] == "stderr":
