@@ -109,7 +109,16 @@ def steps(report: Report, tiny: bool) -> Iterator[dict]:
         for precision in precisions:
             plain = None
             for way in ("plain", *(way for way in train_step.WAYS if way not in ("plain", "released"))):
-                words = ["-m", "tests.benchmarks.train_step", "--only", way, "--sizes", size, "--rounds", "3"]
+                words = [
+                    "-m",
+                    "tests.benchmarks.train_step",
+                    "--only",
+                    way,
+                    "--sizes",
+                    size,
+                    "--rounds",
+                    "1" if tiny else "3",
+                ]
                 words += ["--batch", str(batch), "--length", str(length), "--precision", precision]
                 words += ["--vocab", "64"] if tiny else []
                 result = call(report, *words, limit=90)
@@ -186,22 +195,13 @@ def full_loop(report: Report, tiny: bool) -> Iterator[dict]:
 
 def scoring(report: Report, tiny: bool) -> Iterator[dict]:
     """Evaluation and sampling with the model that ships."""
-    sizes = ["--length", "32", "--blocks", "4"] if tiny else ["--length", "512", "--blocks", "96"]
+    sizes = ["--length", "512", "--blocks", "96"]
+    if tiny:
+        sizes = ["--length", "32", "--blocks", "4", "--text", inputs(report, tiny)["text"]]
     result = call(report, "-m", "dalm_utils", "evaluate", "tiny-diffugpt", *sizes, "--json", limit=90)
     yield {"what": "evaluate", "exit": result["code"], "wall s": result["seconds"], **_nelbo_of(result["said"])}
-    length = "8" if tiny else "256"
-    words = [
-        "-m",
-        "dalm_utils",
-        "sample",
-        "tiny-diffugpt",
-        "--length",
-        length,
-        "--num",
-        "2" if tiny else "32",
-        "--json",
-    ]
-    result = call(report, *words, limit=90)
+    sizes = ["--length", "8", "--num", "2"] if tiny else ["--length", "256", "--num", "32"]
+    result = call(report, "-m", "dalm_utils", "sample", "tiny-diffugpt", *sizes, "--json", limit=90)
     passes = last_json(result["said"]).get("forward_passes")
     yield {"what": "sample", "exit": result["code"], "wall s": result["seconds"], "forward passes": passes}
 
