@@ -92,6 +92,16 @@ def autocast(device: torch.device, precision: str = "auto") -> contextlib.Abstra
     return torch.autocast(device.type, dtype=DTYPES[precision])
 
 
+def seed_dropout(generator: torch.Generator, device: torch.device) -> None:
+    """Seed the random numbers of a device as `generator` was.
+
+    `torch.manual_seed` seeds the other kinds of devices, too, and for each that is not there formats a stack trace.
+    """
+    torch.default_generator.manual_seed(generator.initial_seed())
+    if device.type == "cuda":
+        torch.cuda.manual_seed(generator.initial_seed())
+
+
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:
     """The same tensor where the device can read it by itself: a GPU copies from pinned memory while it computes."""
     return tensor.pin_memory() if device.type == "cuda" else tensor

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from .backbone import transformer_blocks
 from .config import RunConfig
 from .cuda_graph import ReplayedStep
-from .machine import DTYPES, send
+from .machine import DTYPES, seed_dropout, send
 from .objective import Batch, batch_loss, seeded
 from .processes import casting, is_sharded, prepare
 from .stability import SATURATED, Watch, saturation
@@ -91,7 +91,7 @@ class TrainStep:
         self._set_learning_rate(learning_rate)
         self.teacher_weight.fill_(teacher_weight)
         self.watch.count(0, batch.count)
-        torch.manual_seed(seeded(self.config.seed, step, f"dropout {self.accelerator.process_index}").initial_seed())
+        seed_dropout(seeded(self.config.seed, step, f"dropout {self.accelerator.process_index}"), self.device)
         self.module.train()
         self._run(list(self._local_parts(batch)), mask, with_teacher=teacher_weight > 0)
         return self.norm

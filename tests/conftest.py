@@ -1,16 +1,16 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share. The process that hands out tests to others imports this without torch."""
 
 import pytest
-import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-
-from dalm_utils import machine, run, sampling, training
 
 
 @pytest.fixture
 def fp16(monkeypatch):
     """Real float16 products and a loss scaler on the CPU, where accelerate gives none; each call starts anew."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    from dalm_utils import machine, run, sampling, training
 
     def accelerator(config):
         AcceleratorState._reset_state()

@@ -16,6 +16,7 @@ def config(tmp_path):
     return tiny_config(tmp_path, name="shift-tiny", base=str(tmp_path / "base"), steps=None)
 
 
+@pytest.mark.slow
 def test_a_plan_is_recorded_group_by_group_and_continued(tmp_path, config, monkeypatch):
     monkeypatch.setattr(ablation, "TEST_BLOCKS", 2)
     path = tmp_path / "recorded" / "shift-tiny.json"

@@ -657,6 +657,7 @@ def saved(folder):
 RUN = dict(dropout=0.1, keep=9, log_every=1, eval_every=3, steps=14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
 def test_a_run_leaves_the_same_files_whether_it_writes_in_the_background_or_not(tmp_path, request, family):
     """Weights, optimizer and history are those of the step, though the run has gone on when they are written."""

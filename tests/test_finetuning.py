@@ -216,6 +216,7 @@ def test_finetuning_learns_answers_and_where_they_end(tmp_path):
         assert told.text[0].endswith(f":{answer}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["finetune", "finetune-ar"])
 def test_a_stopped_run_ends_as_an_undisturbed_one(tmp_path, objective):
     def fresh():

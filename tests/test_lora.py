@@ -127,6 +127,7 @@ def test_an_ar_model_is_finetuned_with_adapters_too(tmp_path):
     assert type(model.transformer.h[0].attn.c_attn).__name__ == "Conv1D"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("background", [False, True])
 def test_a_stopped_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, background):
     monkeypatch.setattr("dalm_utils.run.saves_in_background", lambda accelerator: background)

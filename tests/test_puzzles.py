@@ -18,6 +18,7 @@ def test_all_latin_squares_are_found(size, count):
         assert all(sorted(line) == list(range(1, size + 1)) for line in (*square, *square.T))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("givens", [5, 8, 15])
 def test_each_puzzle_has_one_completion_which_is_the_answer(givens):
     made = list(puzzles.puzzles(40, givens, seed=1))

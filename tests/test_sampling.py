@@ -218,6 +218,7 @@ def test_planned_orders_sample_the_any_order_distribution(small, order, steps, b
     assert distance(small, intended, order=order, steps=steps, block_length=block_length) < 1.4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_length", [None, 2])
 @pytest.mark.parametrize("order", GREEDY)
 def test_greedy_orders_sample_what_they_say_and_it_is_another_distribution(small, order, block_length):

@@ -100,6 +100,7 @@ def test_a_saturated_model_is_no_checkpoint_to_go_back_to():
     assert not watch.is_calm(saturated=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_goes_back_and_ends_well(tmp_path, precision):
     fault = Fault(range(11, 16), broken)
@@ -266,6 +267,7 @@ class Strike:
 SPARSE = dict(steps=30, log_every=10, save_every=4, eval_every=30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [9, 11, 12, 13, 15, 16, 20, 29, 30])
 def test_a_run_recovers_wherever_its_weights_break(tmp_path, monkeypatch, step):
     """Also directly before a checkpoint, where no step has used the weights yet, and at the end."""

@@ -42,6 +42,7 @@ def tiny(folder, **changes):
     return model, train(model, tokenizer, config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{}, dict(distill=4.0, distill_steps=8), dict(batch=2, accumulate=2), dict(dropout=0.1)]
 )

@@ -60,6 +60,7 @@ def test_training_lowers_loss_and_nelbo_and_leaves_what_it_promises(tmp_path):
     assert again == pytest.approx(now, rel=1e-5)  # the last evaluation was the best
 
 
+@pytest.mark.slow
 def test_progress_is_drawn_by_the_second_and_not_by_the_step(tmp_path, capsys, monkeypatch):
     def drawings(seconds_between_looks):
         clock = itertools.count(0, seconds_between_looks)
@@ -96,6 +97,7 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_split(tmp_path):
                 assert ours.get(key, 0) == pytest.approx(whole.get(key, 0), rel=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop, precision", [(4, "fp32"), (6, "fp32"), (6, "bf16")])
 def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path, stop, precision):
     config = tiny_config(
@@ -310,6 +312,7 @@ def test_fp16_skips_a_step_that_overflows_and_lowers_its_scale(tmp_path, fp16):
     assert state["scaler"]["scale"] == 2.0 ** (28 - history.last("skipped"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [3, 11])  # while the scale still falls, and after
 def test_an_interrupted_fp16_run_keeps_its_loss_scale(tmp_path, fp16, stop):
     whole, tokenizer = tiny_diffusion()
