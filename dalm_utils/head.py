@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # logits held at once: they fit a CPU's cache, or keep a GPU busy
-ALIGNMENT = {"cpu": 1, "cuda": 64}  # in training, the head gets a multiple of so many rows, as tensor cores like it
+CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # logits held at once: more leave a CPU's cache, fewer starve a GPU
+ALIGNMENT = {"cpu": 1, "cuda": 64}  # `weighted_nll` pads the vocabulary to a multiple, for tensor cores
 
 
 def chunk_rows(weight: Tensor) -> int:
@@ -61,7 +61,7 @@ def weighted_nll(
     """
     head = model.get_output_embeddings()
     needs_grad = torch.is_grad_enabled()
-    dtype = matmul_dtype(hidden) if needs_grad else head.weight.dtype  # scores are as in `logits_of`
+    dtype = matmul_dtype(hidden) if needs_grad else head.weight.dtype  # for scores the head's own, as in `logits_of`
     teaching = None if teacher is None else (teacher_hidden, teacher.get_output_embeddings(), teacher_weight)
     with _without_autocast(hidden):
         return _WeightedNLL.apply(
@@ -95,7 +95,7 @@ class _WeightedNLL(torch.autograd.Function):
             if teaching is not None:
                 teacher_hidden, teacher_head, teacher_weight = teaching
                 teacher_probs = _teacher_probs(teacher_hidden[part], mask_id, dtype, teacher_head)  # [m, V'], V' <= V
-                expected = (teacher_probs * logits[:, : teacher_probs.shape[1]]).sum(-1)  # before [MASK] is -inf
+                expected = (teacher_probs * logits[:, : teacher_probs.shape[1]]).sum(-1)  # none is -inf yet
             logits = _forbid(logits, mask_id)
             logits[:, vocab:] = -torch.inf
             log_total, target_logit = logits.logsumexp(-1, keepdim=True), logits.gather(-1, target)  # [m, 1]
@@ -114,7 +114,7 @@ class _WeightedNLL(torch.autograd.Function):
                 if grad_weight is None:
                     continue  # a frozen head
                 if dtype == grad_weight.dtype:
-                    grad_weight.addmm_(grad_logits[:, :vocab].T, source)  # without another [V, D]
+                    grad_weight.addmm_(grad_logits[:, :vocab].T, source)  # in place, without a second [V, D]
                 else:
                     grad_weight += _head_gradient(grad_logits, source, weights[part])[:vocab]
                 if grad_bias is not None:

@@ -24,7 +24,7 @@ def seeded(seed: int, step: int, purpose: str) -> torch.Generator:
     """A CPU generator that depends on nothing but its arguments.
 
     Every draw of a run comes from one of these, so interrupting a run, or changing the number of its processes, does
-    not change its noise.
+    not change its noise (dropout alone is drawn by each process for itself).
     """
     digest = hashlib.blake2b(f"{seed}/{step}/{purpose}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
@@ -173,7 +173,7 @@ def place_capacity(rows: int, maskable: int, *, stratified: bool, eps: float = 1
     """A number of places K that about one draw in 10^9 exceeds, rounded up to a multiple of 256.
 
     The mean number of masked tokens plus six standard deviations. The variance is the sum of the coins',
-    rows * n * E[t(1 - t)], and the times', rows * n^2 * Var(t), which for stratified times is smaller by rows^2.
+    rows * n * E[t(1 - t)], and the times', rows * n^2 * Var(t), divided by rows^2 if the times are stratified.
 
     Args:
         rows: sequences in the batch.
@@ -248,7 +248,7 @@ def diffusion_loss(
 
 
 def hide_padding(real: Tensor | None, attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """An additive attention mask under which nobody attends to padding, and else as under `attention_mask`.
+    """An additive attention mask under which nobody attends to padding, and otherwise as under `attention_mask`.
 
     Args:
         real: `[B, L]` bool: not padding. Each row has a position that every query may see, such as the begin token:

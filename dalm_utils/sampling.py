@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -161,11 +162,12 @@ def draw(
     logits: Tensor, temperature: float, top_p: float | None, top_k: int | None, generator: torch.Generator
 ) -> Tensor:
     """One token for each row of logits `[M, V]`, drawn in float64: `[M]` on the CPU."""
-    if not torch.isfinite(logits.amax(-1)).all():
+    largest = logits.amax(-1, keepdim=True)
+    if not torch.isfinite(largest).all():
         raise ValueError("the model's logits are not finite: its weights are damaged, or it needs precision='fp32'")
     if temperature == 0:
         return logits.argmax(-1).cpu()
-    weights = (logits.double() / temperature).softmax(-1)
+    weights = ((logits.double() - largest) / temperature).softmax(-1)  # no temperature is too low
     weights = _keep_top(weights, top_p, top_k) if top_p or top_k else weights
     cumulative = weights.cumsum(-1)
     chance = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(logits.device)
@@ -337,9 +339,9 @@ def _check_numbers(counts: dict, fractions: dict, temperature: float, repetition
     for name, value in fractions.items():
         if value is not None and not 0 < value <= 1:
             raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
-    if temperature < 0 or repetition_penalty <= 0:
+    if not 0 <= temperature < math.inf or not 0 < repetition_penalty < math.inf:
         raise ValueError(
-            f"need temperature >= 0 and repetition_penalty > 0, got {temperature} and {repetition_penalty}"
+            f"need a finite temperature >= 0 and repetition_penalty > 0, got {temperature} and {repetition_penalty}"
         )
 
 

@@ -105,7 +105,7 @@ class TrainStep:
                     loss, nll, saturated = self.module(
                         batch, mask, self.teacher if with_teacher else None, self.teacher_weight
                     )
-                self.accelerator.backward(loss * self.accelerator.num_processes)  # whose gradients are averaged
+                self.accelerator.backward(loss * self.accelerator.num_processes)  # processes average their gradients
             self.loss.add_(nll * self.accelerator.num_processes)
             self.watch.count(saturated, 0)
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.config.clip)
@@ -176,7 +176,7 @@ class TrainStep:
         """Undo a capture that failed halfway."""
         self.optimizer.zero_grad()
         if self.accelerator.scaler is not None:
-            self.accelerator.scaler._per_optimizer_states.clear()  # else it takes gradients for unscaled
+            self.accelerator.scaler._per_optimizer_states.clear()  # else it takes gradients to be unscaled
 
 
 def _why_eager(config: RunConfig, accelerator: Accelerator) -> str | None:

@@ -25,7 +25,7 @@ from .pairs import is_pairs, load_pairs
 
 
 class Sequences(NamedTuple):
-    """The sequences of a step, each token of all processes; `[G, L]`."""
+    """The sequences of a step, of all processes together: G of L tokens. All `[G, L]`."""
 
     tokens: Tensor  # long
     maskable: Tensor  # bool: may be predicted
@@ -167,7 +167,8 @@ class NextToken(Task):
     def check(self) -> None:
         if mask_id_of(self.model) is not None:
             raise ValueError(
-                "objective 'ar' needs an AR model; a diffusion model sees the tokens that it would have to predict"
+                f"objective {self.config.objective!r} needs an AR model; a diffusion model sees the tokens that it "
+                "would have to predict"
             )
 
     def draw(self, step: int) -> Batch:
@@ -198,9 +199,10 @@ class OnPairs(Task):
 class Finetuning(OnPairs, MaskedDiffusion):
     """Restore masked tokens of answers; a prompt is never masked, and never counts.
 
-    The loss is the conditional NELBO, in nats per answer token. An answer continues with a random number of further end
-    tokens, up to the length of the longest answer, which are masked like its own. So the number of [MASK] tokens does
-    not tell how long the answer is, and the model learns to stop in a gap of any size (as LLaDA, arXiv 2502.09992).
+    The score is the conditional NELBO, in nats per answer token, end token included. In training an answer continues
+    with a random number of further end tokens, up to the length of the longest answer, which are masked like its own
+    but not counted. So the number of [MASK] tokens does not tell how long the answer is, and the model learns to stop
+    in a gap of any size (as LLaDA, arXiv 2502.09992).
     """
 
     def check(self) -> None:
@@ -213,7 +215,7 @@ class Finetuning(OnPairs, MaskedDiffusion):
         room = self.train.longest_answer - answers.sum(1)  # [G]
         draws = torch.rand(len(tokens), generator=seeded(self.config.seed, step, "ends"))
         end = real.sum(1) + (draws * (room + 1)).long()
-        inside = torch.arange(tokens.shape[1]) < end[:, None]  # [G, L]; what was padding is the end token already
+        inside = torch.arange(tokens.shape[1]) < end[:, None]  # [G, L]; padding holds the end token already
         return Sequences(tokens, answers | (inside & ~real), answers, inside)
 
     @property

@@ -140,6 +140,7 @@ def test_what_is_asked_of_a_text_is_asked_of_each_of_its_tokens(diffusion):
     greedy = tokens(temperature=0)
     assert torch.equal(tokens(top_k=1), greedy) and torch.equal(tokens(top_p=1e-9), greedy)
     assert torch.equal(tokens(temperature=1e-6), greedy) and not torch.equal(tokens(), greedy)
+    assert torch.equal(tokens(temperature=5e-324), greedy)
 
 
 def test_an_impossible_token_is_never_drawn():
@@ -459,6 +460,9 @@ def test_steps_that_reveal_nothing_cost_nothing(diffusion):
         (dict(length=0), "length"),
         (dict(steps=0), "steps"),
         (dict(temperature=-1), "temperature"),
+        (dict(temperature=float("nan")), "temperature"),
+        (dict(temperature=float("inf")), "temperature"),
+        (dict(repetition_penalty=float("nan")), "repetition_penalty"),
         (dict(order="left"), "random, first_hitting"),
         (dict(length=None), "or parts"),
         (dict(parts=["a", 3]), "either parts, or prompt"),
