@@ -1,5 +1,5 @@
 # make run     run notebook 1 from top to bottom (minutes; needs no network and no GPU)
-# make check   lint, types and the fast tests: two minutes
+# make check   lint, types and the fast tests: three minutes on two slow cores
 # make test    everything: also the slow tests, and the notebooks' outputs compared with the stored ones
 # make setup   only the virtual environment, with the package installed in it so that edits take effect
 
@@ -14,7 +14,8 @@ export GOMP_SPINCOUNT ?= 1000
 # Tests know nothing of the user's settings, and their runs lie in a folder of their own.
 CLEAN = runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && trap 'exit 130' INT TERM && \
 	unset $$(env | sed -n 's/^\(DALM_[A-Z0-9_]*\)=.*/\1/p') && export DALM_RUNS="$$runs" OMP_NUM_THREADS=1
-PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --maxschedchunk 1
+# nbval takes seconds to import, and is used in processes of its own only (tests/check_notebooks.py)
+PYTEST = $(BIN)/python -m pytest -p no:nbval --numprocesses $(JOBS) --maxschedchunk 1
 
 .PHONY: run check test lint setup clean
 .DELETE_ON_ERROR:
