@@ -506,6 +506,7 @@ def test_loading_says_what_is_wrong(tmp_path):
         load_diffusion("nowhere")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, message",
     [

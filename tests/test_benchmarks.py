@@ -76,6 +76,7 @@ def test_a_recipe_names_what_differs_from_the_plain_one():
     assert asked == recipe.PLAIN | recipe.RELEASED | dict(batch=2, learning_rate=5e-4, begin="bos", warmup=0.1)
 
 
+@pytest.mark.slow
 def test_what_the_profile_full_would_take_is_what_the_results_say(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["cost"])
     cost.main()

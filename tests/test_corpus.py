@@ -205,6 +205,7 @@ def test_a_text_that_an_earlier_version_prepared_stays_as_it_is_unless_nothing_c
     assert {**again.facts, "seconds": 0} == {**made.facts, "seconds": 0}
 
 
+@pytest.mark.slow
 def test_the_tokens_are_those_of_one_text_after_another_whatever_the_threads(tmp_path, monkeypatch):
     source, digests = write_lines(tmp_path / "t.jsonl", MANY), set()
     for threads, characters in ((1, 2**18), (1, 100), (5, 300), (5, 2**18)):

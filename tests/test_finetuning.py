@@ -189,6 +189,7 @@ def test_a_diffusion_model_stays_open_and_an_ar_base_is_adapted_on_the_way(tmp_p
     assert set(opened.series("ratio")[1]) == {1.0}
 
 
+@pytest.mark.slow
 def test_finetuning_learns_answers_and_where_they_end(tmp_path):
     lines = [
         {"prompt": f"Return the {w} of {number_word(n)}:", "response": {"sum": " one", "mean": " two axis"}[w]}

@@ -91,6 +91,7 @@ def lora_config(folder, **changes):
     return pairs_config(folder, **{"lora_rank": 2, "steps": 16, "learning_rate": 1e-2, **changes})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["diffusion", "finetune"])
 def test_a_run_trains_the_adapter_and_leaves_stock_models(tmp_path, objective):
     make = pairs_config if objective == "finetune" else tiny_config

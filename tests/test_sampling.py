@@ -212,6 +212,7 @@ def distance(small, intended, **options):
     return variation / (0.5 * sum((2 / math.pi * intended[t] * (1 - intended[t]) / count) ** 0.5 for t in texts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_length", [None, 2])
 @pytest.mark.parametrize("order, steps", [("random", 300), ("first_hitting", None), ("first_hitting", 2)])
 def test_planned_orders_sample_the_any_order_distribution(small, order, steps, block_length):
@@ -253,6 +254,7 @@ def remasked(conditionals, mask, steps, remask):
     return mass
 
 
+@pytest.mark.slow
 def test_remasking_samples_the_chain_that_it_states(small):
     model, _, conditionals = small
     intended, random = (remasked(conditionals, model.config.mask_token_id, 4, remask) for remask in (1.0, 0.0))

@@ -186,6 +186,7 @@ def test_an_arm_that_goes_back_gives_the_history_it_ends_with(tmp_path, monkeypa
     assert drawn[-1] == {"calm": 24, "shaky": 24}
 
 
+@pytest.mark.slow
 def test_a_continued_run_remembers_that_it_went_back(tmp_path):
     fault = Fault(range(11, 16), broken)
     expected, whole = faulty(tmp_path, fault, name="whole")
@@ -231,6 +232,7 @@ def test_trouble_before_the_first_checkpoint_says_what_to_do(tmp_path):
         faulty(tmp_path, Fault(range(1, 9), broken), save_every=20)
 
 
+@pytest.mark.slow
 # ------------------------------------------------------------------------------------------------- patience
 def test_a_run_ends_when_the_nelbo_no_longer_falls_and_keeps_the_best(tmp_path):
     config = tiny_config(tmp_path, steps=60, eval_every=2, learning_rate=0.5, patience=3)  # far too fast: it gets worse
@@ -289,6 +291,7 @@ def test_the_weights_of_the_last_step_are_checked_once(tmp_path, monkeypatch):
     assert checked == [4, 8, 12]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_stopped_right_after_its_weights_broke_keeps_its_good_checkpoint(tmp_path, monkeypatch, capsys, number):
     Strike(monkeypatch, step=11, then=number)
@@ -299,6 +302,7 @@ def test_a_run_stopped_right_after_its_weights_broke_keeps_its_good_checkpoint(t
     assert train(*tiny_diffusion(), config).records[-1]["step"] == 30  # from step 8 on
 
 
+@pytest.mark.slow
 def test_a_run_stopped_right_after_a_rollback_remembers_it(tmp_path):
     def settings(name):
         return tiny_config(tmp_path, name=name, steps=24, log_every=1, eval_every=12, save_every=4, max_skips=3)

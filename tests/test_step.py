@@ -8,6 +8,8 @@ import torch
 from accelerate import DistributedType
 
 from dalm_utils import cuda_graph, step, train
+from dalm_utils.machine import seed_dropout
+from dalm_utils.objective import seeded
 from tests.helpers import comparable, opened, tiny_base, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
 from tests.test_finetuning import pairs_config
 
@@ -147,3 +149,12 @@ def test_finetuning_is_replayed_on_padded_sequences(tmp_path, replays, monkeypat
     eager = train(*tiny_diffusion(), pairs_config(tmp_path, name="eager", **options))
     for ours, theirs in zip(comparable(replayed), comparable(eager), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
+def test_dropout_is_seeded_as_torch_would_seed_it():
+    generator = seeded(3, 7, "dropout 0")
+    torch.manual_seed(generator.initial_seed())
+    expected = torch.rand(5)
+    torch.rand(1)
+    seed_dropout(generator, torch.device("cpu"))
+    assert torch.equal(torch.rand(5), expected)

@@ -82,6 +82,7 @@ def test_the_bar_shows_the_held_out_score(tmp_path, capsys, objective, shown):
     assert "12/12" in last and "loss=" in last and shown in last
 
 
+@pytest.mark.slow
 def test_the_loss_does_not_depend_on_how_a_batch_is_split(tmp_path):
     histories = []
     for batch, accumulate in ((8, 1), (4, 2), (1, 8)):
