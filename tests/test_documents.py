@@ -16,7 +16,7 @@ import pytest
 from dalm_utils import documents as module
 from dalm_utils.corpus import load_corpus
 from dalm_utils.documents import LONGEST_LINE, Skips, documents, drop_near_copies, split_of
-from tests.helpers import TEXTS, number_word, tiny_tokenizer
+from tests.helpers import PATIENCE, TEXTS, number_word, tiny_tokenizer
 
 
 def write_lines(path, lines):
@@ -457,14 +457,15 @@ def test_a_script_without_a_guard_prepares_docstrings_under_every_start_method(t
 def test_processes_that_read_docstrings_end_with_the_one_that_was_killed():
     code = "from dalm_utils.documents import PACKAGES, docstrings; list(docstrings(PACKAGES['docstrings']))"
     reader = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    helper = None
-    while helper is None:
+    helpers: list[psutil.Process] = []
+    while not helpers:
         assert reader.poll() is None
         for child in psutil.Process(reader.pid).children():
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.suspend()  # so that it cannot have finished before its parent is killed
-                helper = child
+                helpers.append(child)
     reader.kill()
     reader.wait()
-    helper.resume()
-    assert not psutil.wait_procs([helper], timeout=60)[1]
+    for helper in helpers:
+        helper.resume()
+    assert not psutil.wait_procs(helpers, timeout=PATIENCE)[1]
