@@ -279,9 +279,9 @@ def _sample(options: argparse.Namespace) -> None:
 
 def _gap(options: argparse.Namespace, tokenizer) -> dict:
     """The arguments of `generate` that say what is given and what is to be written."""
-    from .pairs import chat_prompt
-
     if options.chat:
+        from .pairs import chat_prompt
+
         return {"parts": [chat_prompt(tokenizer, [{"role": "user", "content": options.prompt}]), options.length]}
     return {name: getattr(options, name) for name in ("prompt", "suffix", "length")}
 

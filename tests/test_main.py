@@ -239,12 +239,18 @@ def test_status_shows_how_far_a_run_is(workplace, capsys, monkeypatch):
     assert "is the folder of a run; its model is" in capsys.readouterr().err
 
 
-def test_every_option_of_sample_reaches_the_sampler(tmp_path, monkeypatch, capsys):
-    save_diffusion(*tiny_diffusion(), tmp_path / "model")
-    asked = []
+@pytest.fixture
+def asked(monkeypatch):
+    """The options of each call of the sampler, which answers "a"."""
+    calls = []
     monkeypatch.setattr(
-        sampling, "generate", lambda model, tokenizer, **options: asked.append(options) or SimpleNamespace(text=["a"])
+        sampling, "generate", lambda model, tokenizer, **options: calls.append(options) or SimpleNamespace(text=["a"])
     )
+    return calls
+
+
+def test_every_option_of_sample_reaches_the_sampler(tmp_path, asked, capsys):
+    save_diffusion(*tiny_diffusion(), tmp_path / "model")
     options = dict(
         prompt="Return", suffix="of", length=5, steps=4, order="threshold", threshold=0.7, block_length=2,
         temperature=0.5, top_p=0.9, top_k=3, repetition_penalty=1.2, seed=8, remask=0.3, refresh=2,
@@ -255,14 +261,10 @@ def test_every_option_of_sample_reaches_the_sampler(tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out == "a\n"
 
 
-def test_a_chat_prompt_is_rendered_by_the_template_of_the_tokenizer(tmp_path, monkeypatch):
+def test_a_chat_prompt_is_rendered_by_the_template_of_the_tokenizer(tmp_path, asked):
     model, tokenizer = tiny_diffusion()
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
     save_diffusion(model, tokenizer, tmp_path / "model")
-    asked = []
-    monkeypatch.setattr(
-        sampling, "generate", lambda model, tokenizer, **options: asked.append(options) or SimpleNamespace(text=["a"])
-    )
     assert main(["sample", str(tmp_path / "model"), "--chat", "--prompt", "Hello", "--length", "5"]) == 0
     prompt, gap = asked[0]["parts"]
     assert tokenizer.decode(prompt) == "user: Hello\nassistant:" and gap == 5

@@ -232,8 +232,8 @@ def test_trouble_before_the_first_checkpoint_says_what_to_do(tmp_path):
         faulty(tmp_path, Fault(range(1, 9), broken), save_every=20)
 
 
-@pytest.mark.slow
 # ------------------------------------------------------------------------------------------------- patience
+@pytest.mark.slow
 def test_a_run_ends_when_the_nelbo_no_longer_falls_and_keeps_the_best(tmp_path):
     config = tiny_config(tmp_path, steps=60, eval_every=2, learning_rate=0.5, patience=3)  # far too fast: it gets worse
     history = train(*tiny_diffusion(), config)

@@ -109,18 +109,9 @@ def steps(report: Report, tiny: bool) -> Iterator[dict]:
         for precision in precisions:
             plain = None
             for way in ("plain", *(way for way in train_step.WAYS if way not in ("plain", "released"))):
-                words = [
-                    "-m",
-                    "tests.benchmarks.train_step",
-                    "--only",
-                    way,
-                    "--sizes",
-                    size,
-                    "--rounds",
-                    "1" if tiny else "3",
-                ]
+                words = ["-m", "tests.benchmarks.train_step", "--only", way, "--sizes", size]
                 words += ["--batch", str(batch), "--length", str(length), "--precision", precision]
-                words += ["--vocab", "64"] if tiny else []
+                words += ["--rounds", "1", "--vocab", "64"] if tiny else ["--rounds", "3"]
                 result = call(report, *words, limit=90)
                 figures = last_json(result["said"])
                 row = {"batch": batch, "length": length, "precision": precision, "step": way}

@@ -161,10 +161,9 @@ def work(model: PreTrainedModel, batch: int, length: int) -> float:
 
 def gemm_rate(precision: str = "auto") -> float:
     """Operations per second of a large matrix product in our precision."""
-    dtype = DTYPES[pick_precision(precision, DEVICE)]
-    size, rounds = (8192, 20) if DEVICE.type == "cuda" else (2048, 5)
+    dtype, size = DTYPES[pick_precision(precision, DEVICE)], 8192 if DEVICE.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
-    return 2 * size**3 / in_turns({"gemm": lambda: a @ b}, rounds)["gemm"]
+    return 2 * size**3 / in_turns({"gemm": lambda: a @ b}, 20)["gemm"]
 
 
 def peak() -> float:
