@@ -26,9 +26,10 @@ run: setup
 check: lint
 	@$(CLEAN) && set -x && $(PYTEST) -m "not slow" tests
 
-# The longest come first, so that no core is left idle at the end.
+# The longest come first, so that no core is left idle at the end. The test files are named one by one: next to the
+# folder that contains it, pytest would ignore tests/check_notebooks.py.
 test: lint
-	@$(CLEAN) && set -x && $(PYTEST) tests/check_notebooks.py tests
+	@$(CLEAN) && set -x && $(PYTEST) tests/check_notebooks.py tests/test_*.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -170,3 +170,14 @@ def test_without_a_checkout_a_base_that_ships_is_an_error_that_says_where_it_is(
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "ships with the project's repository" in result.stderr
     assert "PATH/TO/CHECKOUT/checkpoints/base/tiny-diffugpt" in result.stderr
+
+
+# -------------------------------------------------------------------------------------------------- the test command
+def test_the_test_command_names_every_test_file_and_no_folder():
+    """pytest drops a file from its arguments, without a word, if a folder that contains it is named too."""
+    recipe = subprocess.run(["make", "--dry-run", "test", "PYTEST=echo"], cwd=PROJECT, capture_output=True, text=True)
+    command = recipe.stdout.splitlines()[-1]
+    assert command.startswith("runs="), recipe
+    named = subprocess.run(["bash", "-c", command], cwd=PROJECT, capture_output=True, text=True).stdout.split()
+    assert named[0] == "tests/check_notebooks.py"
+    assert sorted(named[1:]) == sorted(f"tests/{file.name}" for file in (PROJECT / "tests").glob("test_*.py"))
