@@ -327,24 +327,35 @@ def by_time(
     if not times or not all(0 < t <= 1 for t in times):
         raise ValueError(f"times are probabilities above 0 and at most 1, got {list(times)}")
     documents, blocks, mask_id = documents_of(blocks), stack(blocks), mask_id_of(model)
-    causal = None
-    if mask_id is None:
-        causal = annealed_mask(blocks.shape[1], 0.0, dtype=model.dtype, device=model.device)
     check_fits(model, tokenizer, blocks.shape[1])
-    results = []
+    coins = torch.rand(blocks.shape, generator=seeded(seed, 0, "by time"))
+    maskable = default_maskable(blocks)
+    if mask_id is None:  # what an AR model reads does not depend on what is hidden
+        scores = _restored(model, blocks, blocks, maskable, batch_size, precision)
+    means = []
     for t in times:
-        coins = torch.rand(blocks.shape, generator=seeded(seed, 0, "by time"))
-        hidden = (coins < t) & default_maskable(blocks)
-        read = blocks if mask_id is None else torch.where(hidden, mask_id, blocks)
-        pieces = zip(blocks.split(batch_size), read.split(batch_size), hidden.split(batch_size), strict=True)
-        with eval_mode(model), autocast(model.device, precision):
-            results.append(torch.cat([_restored(model, *piece, causal) for piece in pieces], -1))  # [2, N]
-    nll, accuracy = torch.stack(results, 1).numpy()
+        hidden = (coins < t) & maskable
+        if mask_id is not None:
+            scores = _restored(model, blocks, torch.where(hidden, mask_id, blocks), hidden, batch_size, precision)
+        means.append((scores * hidden).sum(-1) / hidden.sum(-1))
+    nll, accuracy = torch.stack(means, 1).numpy()
     return Restored(tuple(times), nll, accuracy, documents)
 
 
-def _restored(model, tokens: Tensor, read: Tensor, hidden: Tensor, causal: Tensor | None) -> Tensor:
-    """Mean -log p and accuracy over each sequence's hidden tokens: `[2, B]` float64 on the CPU, NaN where none is."""
+def _restored(model, tokens: Tensor, read: Tensor, hidden: Tensor, batch_size: int, precision: str) -> Tensor:
+    """-log p of each hidden token, and whether it is the model's first choice: `[2, N, L]` float64 on the CPU.
+
+    Zero where nothing is hidden.
+    """
+    pieces = zip(tokens.split(batch_size), read.split(batch_size), hidden.split(batch_size), strict=True)
+    with eval_mode(model), autocast(model.device, precision):
+        return torch.cat([_restored_in_one_pass(model, *piece) for piece in pieces], 1)
+
+
+def _restored_in_one_pass(model, tokens: Tensor, read: Tensor, hidden: Tensor) -> Tensor:
+    causal = None
+    if mask_id_of(model) is None:
+        causal = annealed_mask(tokens.shape[1], 0.0, dtype=model.dtype, device=model.device)
     places = hidden.flatten().nonzero()[:, 0].to(model.device)
     targets = tokens.flatten().to(model.device)[places]
     states = predicting_states(model, hidden_states(model, read.to(model.device), causal), places)
@@ -354,6 +365,4 @@ def _restored(model, tokens: Tensor, read: Tensor, hidden: Tensor, causal: Tenso
         logits = logits_of(model, part)
         nll = F.cross_entropy(logits, target, reduction="none")
         scores.append(torch.stack([nll.double(), (logits.argmax(-1) == target).double()]))
-    sums = torch.zeros(2, len(tokens), dtype=torch.float64)
-    rows = (places // tokens.shape[1]).cpu()
-    return sums.index_add_(1, rows, torch.cat(scores, 1).cpu()) / hidden.sum(1)
+    return torch.zeros(2, *hidden.shape, dtype=torch.float64).masked_scatter(hidden, torch.cat(scores, 1).cpu())
