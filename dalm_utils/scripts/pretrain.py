@@ -50,8 +50,8 @@ HOUR_OF_STEPS = 4_500
 MATHEMATICS = dict(steps=2_500, warmup_steps=100, compile=False)
 # The base teaches first and then no more: it cannot see to the right of a gap, and the student has to.
 LONG: dict[str, Any] = dict(
-    batch=16, learning_rate=2e-3, steps=7_000, warmup_steps=200, anneal_steps=250, distill_steps=1_000, eval_every=500,
-    save_every=250, sample_every=0, compile=True,
+    batch=16, learning_rate=2e-3, steps=7_000, warmup_steps=200, anneal_steps=250, distill=16.0, distill_steps=1_000,
+    eval_every=500, eval_blocks=48, save_every=250, sample_every=0, compile=True,
 )  # fmt: skip
 
 
@@ -131,16 +131,21 @@ def ship(config: RunConfig) -> Path:
     return folder
 
 
+def recipe(name: str) -> RunConfig:
+    """The settings that make one of the models that come with the project."""
+    if name == "tiny-gpt2":
+        return AR.replace(name=name, steps=HOUR_OF_STEPS)
+    if name == "tiny-galactica":
+        return AR.replace(name=name, text="mathematics", **MATHEMATICS)
+    return load_config("gpt2", "laptop", name=name, **LONG)
+
+
 def make(name: str) -> Path:
     """Train and ship one of the models that come with the project."""
-    if name == "tiny-gpt2":
-        config = AR.replace(name=name, steps=HOUR_OF_STEPS)
-        make_base(config)
-    elif name == "tiny-galactica":
-        config = AR.replace(name=name, text="mathematics", **MATHEMATICS)
-        make_base(config, fresh_opt)
+    config = recipe(name)
+    if config.objective == "ar":
+        make_base(config, fresh_opt if name == "tiny-galactica" else fresh_gpt2)
     else:
-        config = load_config("gpt2", "laptop", name=name, **LONG)
         train(*build(config), config)
     return ship(config)
 
