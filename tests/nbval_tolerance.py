@@ -10,8 +10,6 @@ import copy
 import math
 import re
 
-from nbval.plugin import IPyNbCell
-
 RELATIVE, ABSOLUTE = 0.03, 0.006
 PATIENCE = 1800  # seconds until a kernel has started or handed over its outputs: a slow machine is no failure
 RECORDED = "recorded"
@@ -56,6 +54,8 @@ def without_stderr(outputs: list) -> list:
 
 
 def pytest_configure(config):
+    from nbval.plugin import IPyNbCell  # takes seconds
+
     compare = IPyNbCell.compare_outputs
 
     def compare_outputs(self, test, ref, skip_compare=None):
@@ -69,6 +69,5 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    for cell in items:
-        if isinstance(cell, IPyNbCell):
-            cell.output_timeout = PATIENCE
+    for cell in items:  # all of them are cells: nothing but a notebook is collected
+        cell.output_timeout = PATIENCE

@@ -51,6 +51,7 @@ def test_the_plain_sampler_fills_all_positions():
     assert canvas.shape == (1, 13) and not (canvas == model.config.mask_token_id).any()
 
 
+@pytest.mark.slow
 def test_the_parts_of_the_sampling_benchmark_run(monkeypatch, capsys):
     model, tokenizer = tiny_diffusion()
     judge = tiny_model(vocab=len(tiny_tokenizer()))

@@ -30,6 +30,7 @@ def assert_equal_with_a_refresh_at_every_pass(pair, **options):
     assert plain.history == cached.history and plain.forward_passes == cached.forward_passes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("request_", REQUESTS)
 @pytest.mark.parametrize("order", ORDERS)
 def test_refreshed_at_every_pass_the_cache_changes_nothing(order, request_):

@@ -479,6 +479,7 @@ def small_disk(tmp_path):
     return mounted
 
 
+@pytest.mark.slow
 def test_a_disk_may_fill_in_any_file_of_a_checkpoint(tmp_path, monkeypatch, capsys, small_disk):
     """Disks of one more page each, until the checkpoint of a run fits."""
     fills = {}
@@ -668,6 +669,7 @@ def test_a_run_leaves_the_same_files_whether_it_writes_in_the_background_or_not(
     assert saved(tmp_path / "runs" / "background") == saved(config.folder)
 
 
+@pytest.mark.slow
 def test_a_run_that_writes_in_the_background_stops_and_resumes(tmp_path, request):
     config = tiny_config(tmp_path, **RUN)
     train(*tiny_diffusion(), config.replace(name="whole"))
@@ -679,6 +681,7 @@ def test_a_run_that_writes_in_the_background_stops_and_resumes(tmp_path, request
     assert saved(config.folder) == saved(tmp_path / "runs" / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_that_writes_in_the_background_rolls_back_to_what_it_wrote(tmp_path, request):
     """The head breaks right after the checkpoint of step 4 was handed over."""
 

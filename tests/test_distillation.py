@@ -17,6 +17,7 @@ def nlls(seed=0, tokens=2000):
     return unigram + torch.randn(tokens, generator=draws) * 4, unigram  # a teacher as often better as worse
 
 
+@pytest.mark.slow
 def test_the_weight_maximises_the_likelihood_of_held_out_tokens():
     teacher, unigram = nlls()
     weight = choose_distill(teacher, unigram, 16.0)

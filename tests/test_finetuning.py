@@ -131,6 +131,7 @@ def test_loss_and_gradients_equal_the_plain_definition(tmp_path, family, step):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("family", FAMILIES)

@@ -210,6 +210,7 @@ def test_a_limit_draws_from_all_over_and_the_same_pairs_every_time(tmp_path):
     assert few.starts.max() > 5 * few.sizes.max() and len(set(few.starts)) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("letters", [True, False])
 @pytest.mark.parametrize("count", [3, 40, 1500])
 def test_equal_prompts_lie_in_one_split_and_every_split_has_pairs(tmp_path, count, letters):

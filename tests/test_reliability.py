@@ -200,6 +200,7 @@ def stopped_at(step, config):
         train(*tiny_diffusion(), config, on_log=stop)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_a_checkpoint_with_one_changed_byte_is_passed_over(tmp_path, expected, capsys, seed):
     config = tiny_config(tmp_path, dropout=0.1)
