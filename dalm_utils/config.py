@@ -184,8 +184,7 @@ FULL = dict(
 PROFILES: dict[str, dict[str, dict]] = {
     "gpt2": {
         "laptop": LAPTOP | dict(
-            steps=480, warmup_steps=40, anneal_steps=160, eval_every=120, eval_blocks=48, sample_every=120,
-            save_every=240,
+            steps=180, warmup_steps=15, anneal_steps=60, eval_every=60, eval_blocks=32, sample_every=90, save_every=90
         ),
         "real": REAL | dict(
             steps=480, warmup_steps=40, anneal_steps=5, eval_every=160, sample_every=240, save_every=240
@@ -197,7 +196,7 @@ PROFILES: dict[str, dict[str, dict]] = {
     },
     "shift": {
         "laptop": LAPTOP | TEACHER | dict(
-            epochs=1, train_blocks=720, warmup_steps=15, anneal_steps=60, eval_every=30, eval_blocks=32, save_every=90,
+            epochs=1, train_blocks=360, warmup_steps=7, anneal_steps=30, eval_every=30, eval_blocks=32, save_every=90,
         ),
         "real": REAL | AS_RECORDED | dict(
             epochs=1, train_blocks=2_400, warmup_steps=20, anneal_steps=100, eval_every=50, save_every=100
@@ -208,8 +207,8 @@ PROFILES: dict[str, dict[str, dict]] = {
     },
     "galactica": {
         "laptop": LAPTOP | TEACHER | dict(
-            base="tiny-galactica", text="mathematics", epochs=3, train_blocks=800, warmup_steps=50, anneal_steps=200,
-            eval_every=100, eval_blocks=48, save_every=100, spike=10.0, patience=3,
+            base="tiny-galactica", text="mathematics", epochs=3, train_blocks=240, warmup_steps=15, anneal_steps=60,
+            eval_every=60, eval_blocks=32, save_every=60, spike=10.0, patience=3,
         ),
         "real": REAL | dict(
             text="mathematics", epochs=3, train_blocks=800, warmup_steps=100, anneal_steps=12, eval_every=200,

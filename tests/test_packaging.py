@@ -175,7 +175,8 @@ def test_without_a_checkout_a_base_that_ships_is_an_error_that_says_where_it_is(
 # -------------------------------------------------------------------------------------------------- the test command
 def test_the_test_command_names_every_test_file_and_no_folder():
     """pytest drops a file from its arguments, without a word, if a folder that contains it is named too."""
-    recipe = subprocess.run(["make", "--dry-run", "test", "PYTEST=echo"], cwd=PROJECT, capture_output=True, text=True)
+    make = ["make", "--dry-run", "--no-print-directory", "test", "PYTEST=echo"]
+    recipe = subprocess.run(make, cwd=PROJECT, capture_output=True, text=True)
     command = recipe.stdout.splitlines()[-1]
     assert command.startswith("runs="), recipe
     named = subprocess.run(["bash", "-c", command], cwd=PROJECT, capture_output=True, text=True).stdout.split()
