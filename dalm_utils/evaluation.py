@@ -337,7 +337,7 @@ def by_time(
         hidden = (coins < t) & maskable
         if mask_id is not None:
             scores = _restored(model, blocks, torch.where(hidden, mask_id, blocks), hidden, batch_size, precision)
-        means.append((scores * hidden).sum(-1) / hidden.sum(-1))
+        means.append(scores.masked_fill(~hidden, 0.0).sum(-1) / hidden.sum(-1))  # 0 / 0 is NaN
     nll, accuracy = torch.stack(means, 1).numpy()
     return Restored(tuple(times), nll, accuracy, documents)
 
