@@ -22,8 +22,9 @@ def test_every_notebook_is_checked():
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_prints_its_stored_figures(name):
-    """On a CPU, since that is where the stored figures were made, and from texts in the user's own cache."""
-    environment = {key: value for key, value in os.environ.items() if key != "DALM_CACHE"} | {"DALM_DEVICE": "cpu"}
+    """On a CPU and in FP32, since that is how the stored figures were made, and from texts in the user's own cache."""
+    environment = {key: value for key, value in os.environ.items() if key != "DALM_CACHE"}
+    environment |= {"DALM_DEVICE": "cpu", "DALM_PRECISION": "fp32"}
     command = [*COMMAND, "-p", "no:cacheprovider", "-p", "no:xdist", f"notebooks/{name}.ipynb"]
     result = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
