@@ -159,7 +159,7 @@ def work(model: PreTrainedModel, batch: int, length: int) -> float:
     return batch * length * (6 * inside + attention + 0.5 * 6 * head.weight.numel())
 
 
-def gemm_rate(precision: str = "auto", rounds: int = 20) -> float:
+def gemm_rate(precision: str, rounds: int) -> float:
     """Operations per second of a large matrix product in our precision."""
     dtype, size = DTYPES[pick_precision(precision, DEVICE)], 8192 if DEVICE.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
@@ -226,14 +226,13 @@ def main() -> None:
         shape = dict(batch=asked.batch, length=asked.length, accumulate=asked.accumulate)
         shape |= dict(precision=asked.precision, rounds=2)
         shape |= {} if asked.vocab is None else dict(vocab=asked.vocab)
-        taken, rates = {way: [] for way in WAYS}, []
+        taken = {way: [] for way in WAYS}
         for _ in range(asked.rounds):
-            rates.append(gemm_rate(asked.precision))
             for way in WAYS:
                 taken[way].append(alone(way, size, **shape))
         seconds = {way: statistics.median(one["seconds"] for one in runs) for way, runs in taken.items()}
         memory = {way: max(one["gib"] for one in runs) for way, runs in taken.items()}
-        rate = statistics.median(rates)
+        rate = statistics.median(one["gemm"] for runs in taken.values() for one in runs)
         done = taken["ours"][0]["work"] / seconds["ours"]
         precision = pick_precision(asked.precision, DEVICE)
         print(f"\n{size}, batch {asked.batch}, length {asked.length}, {precision}, median of {asked.rounds} rounds\n")
