@@ -11,9 +11,11 @@ JOBS ?= 2
 # Threads that wait for each other spin for a moment only; dalm_utils/__init__.py says why.
 export GOMP_SPINCOUNT ?= 1000
 
-# Tests know nothing of the user's settings, and their runs lie in a folder of their own.
+# Tests know nothing of the user's settings, and their runs lie in a folder of their own. Bytecode is kept: they start
+# some hundred processes, and each would compile the package anew.
 CLEAN = runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && trap 'exit 130' INT TERM && \
-	unset $$(env | sed -n 's/^\(DALM_[A-Z0-9_]*\)=.*/\1/p') && export DALM_RUNS="$$runs" OMP_NUM_THREADS=1
+	unset PYTHONDONTWRITEBYTECODE $$(env | sed -n 's/^\(DALM_[A-Z0-9_]*\)=.*/\1/p') && \
+	export DALM_RUNS="$$runs" OMP_NUM_THREADS=1
 # nbval takes seconds to import, and is used in processes of its own only (tests/check_notebooks.py)
 PYTEST = $(BIN)/python -m pytest -p no:nbval --numprocesses $(JOBS) --maxschedchunk 1
 
@@ -43,8 +45,9 @@ setup: .venv/ready
 	{ echo "Python 3.11 or newer is needed, and '$(PYTHON)' is not; name one: make PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PYTHON) -m venv .venv || \
 	{ echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # on every core, where pip uses one; templates are no Python
 	@touch $@
 
 clean:
