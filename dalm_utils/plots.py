@@ -131,7 +131,7 @@ def curves(histories: dict[str, History], ar_nll: float | None = None, ratio_of:
         ar_nll: nats per token of the AR model on the same blocks, drawn as the line to compare with.
         ratio_of: the run whose annealing ratio is drawn over the training loss.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), sharex=True)
     _draw_loss(left, histories, evaluated=False)
     if ratio_of is not None:
         twin = left.twinx()
@@ -140,9 +140,10 @@ def curves(histories: dict[str, History], ar_nll: float | None = None, ratio_of:
         twin.grid(False)
         twin.spines["right"].set_visible(True)
     _draw_nelbo(right, histories, ar_nll, x="step", capsize=3)
-    right.set(xlabel="optimizer step")
-    _token_axis(right, next(iter(histories.values())))
-    for axis in (left, right):  # below the panel, where no curve runs
+    last = next(iter(histories.values())).records[-1]
+    for axis in (left, right):
+        axis.set(xlabel=f"optimizer step, of {last['tokens'] / last['step']:,.0f} tokens")
+        # below the panel, where no curve runs
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
     _show(figure)
 
@@ -182,13 +183,6 @@ def _smooth(x: list, y: list, window: int = 5) -> tuple[list, list]:
     """Means of `window` points around each; fewer at the ends, where the window is cut on both sides alike."""
     widths = [min(window // 2, i, len(y) - 1 - i) for i in range(len(y))]
     return x, [float(np.mean(y[i - width : i + width + 1])) for i, width in enumerate(widths)]
-
-
-def _token_axis(axis, history: History) -> None:
-    last = history.records[-1]
-    per_step = last["tokens"] / last["step"] / 1e6
-    top = axis.secondary_xaxis("top", functions=(lambda step: step * per_step, lambda tokens: tokens / per_step))
-    top.set_xlabel("million tokens")
 
 
 # -------------------------------------------------------------------------------------------- comparisons

@@ -62,6 +62,7 @@ def test_curves_hold_the_recorded_points(shown):
     left, right, *_ = shown[0].axes
     assert list(left.lines[0].get_ydata()) == history().series("loss")[1]
     assert any(2.5 in line.get_ydata() for line in right.lines) and list(right.lines[0].get_ydata()) == [4.0, 3.0]
+    assert left.get_xlabel() == right.get_xlabel() == "optimizer step, of 100 tokens"
 
 
 def test_the_live_curve_redraws_and_closes_its_figures(shown):
