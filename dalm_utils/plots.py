@@ -11,6 +11,7 @@ from itertools import cycle
 import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import HTML, display
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 from .config import RunConfig
@@ -179,10 +180,11 @@ def _draw_loss(axis, histories: dict[str, History], evaluated: bool = True) -> N
     axis.set(xlabel="optimizer step", ylabel="nats per token", title="training loss")
 
 
-def _smooth(x: list, y: list, window: int = 5) -> tuple[list, list]:
-    """Means of `window` points around each; fewer at the ends, where the window is cut on both sides alike."""
-    widths = [min(window // 2, i, len(y) - 1 - i) for i in range(len(y))]
-    return x, [float(np.mean(y[i - width : i + width + 1])) for i, width in enumerate(widths)]
+def _smooth(x: list, y: list, window: int = 5) -> tuple[list, np.ndarray | list]:
+    """Means of `window` points around each that has as many; the points themselves while there are few."""
+    if len(y) < 2 * window - 1:
+        return x, y
+    return x[window // 2 : -(window // 2)], np.convolve(y, np.full(window, 1 / window), "valid")
 
 
 # -------------------------------------------------------------------------------------------- comparisons
@@ -217,7 +219,11 @@ def forest(effects: dict[str, list[float]]) -> None:
     axis.set_xscale("symlog", linthresh=0.01)
     axis.set_xlim(min(-0.002, 1.5 * lowest), max(0.002, 1.5 * highest))
     axis.xaxis.set_major_formatter(lambda tick, _: f"{tick:g}")
-    axis.set(yticks=range(len(effects)), ylim=(len(effects) - 0.5, -0.5), xlabel="improvement of NELBO, nats per token")
+    axis.set(
+        yticks=range(len(effects)),
+        ylim=(len(effects) - 0.5, -0.5),
+        xlabel="improvement of NELBO, nats per token (linear below 0.01, logarithmic above)",
+    )
     axis.set_yticklabels(effects)
     axis.grid(False, axis="y")
     _show(figure)
@@ -226,12 +232,14 @@ def forest(effects: dict[str, list[float]]) -> None:
 def worth_against_budget(worth: dict[int, list[float]], what: str) -> None:
     """A difference in nats per token against the training budget, with every seed and the mean's standard error.
 
+    A single seed has no error bar.
+
     Args:
         worth: tokens of training -> the difference, one value for each seed.
     """
     tokens = sorted(worth)
     means = [np.mean(worth[n]) for n in tokens]
-    errors = [np.std(worth[n], ddof=1) / np.sqrt(len(worth[n])) if len(worth[n]) > 1 else 0.0 for n in tokens]
+    errors = [np.std(worth[n], ddof=1) / np.sqrt(len(worth[n])) if len(worth[n]) > 1 else np.nan for n in tokens]
     figure, axis = plt.subplots(figsize=(8, 3.8))
     axis.errorbar(tokens, means, yerr=errors, color=BLUE, marker="o", capsize=4, lw=2)
     for n in tokens:
@@ -246,29 +254,35 @@ def worth_against_budget(worth: dict[int, list[float]], what: str) -> None:
 
 # ---------------------------------------------------------------------------------------------- stability
 def stability(history: History) -> None:
-    """What the checks of a run saw: gradient norms, skipped steps, saturation, loss scale; red at a rollback."""
+    """What the checks of a run saw: gradient norms, and whatever else was not zero throughout; red at a rollback."""
     panels = {
         "largest_norm": "largest gradient norm",
         "skipped": "skipped steps so far",
         "saturated": "fraction of saturated predictions",
+        "loss_scale": "loss scale",
     }
-    if history.series("loss_scale")[0]:
-        panels["loss_scale"] = "loss scale"
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.2))
-    for axis, (key, title) in zip(axes, panels.items(), strict=True):
+    panels = {key: title for key, title in panels.items() if key == "largest_norm" or any(history.series(key)[1])}
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.4), squeeze=False)
+    for axis, (key, title) in zip(axes[0], panels.items(), strict=True):
         axis.plot(*history.series(key), color=BLUE, lw=1.8, drawstyle="steps-post" if key == "skipped" else "default")
         for step, event in zip(*history.series("event"), strict=True):
             if "back to step" in event:
                 axis.axvline(step, color=RED, linestyle="--", lw=1.4, label="rolled back to here")
         axis.set(title=title, xlabel="optimizer step")
-    axes[0].plot(*history.series("norm_limit"), color=ORANGE, linestyle=":", label="limit of a spike")
-    axes[0].set_yscale("log")
-    most = max(1.0, history.last("skipped") or 0), max(0.02, *history.series("saturated")[1])
-    for axis, top in zip(axes[1:], most, strict=False):
-        axis.set_ylim(-0.05 * top, 1.1 * top)  # so that a line of zeros is visible
-    axes[1].locator_params(axis="y", integer=True)
-    figure.legend(*_once(axes[0]), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2)
+        if key == "skipped":
+            axis.locator_params(axis="y", integer=True)
+    axes[0, 0].plot(*history.series("norm_limit"), color=ORANGE, linestyle=":", label="limit of a spike")
+    _logarithmic(axes[0, 0])
+    figure.legend(*_once(axes[0, 0]), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2)
     _show(figure)
+
+
+def _logarithmic(axis) -> None:
+    """A logarithmic y axis with plain numbers: 1, 3, 10, 30, ..."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.yaxis.set_major_formatter(lambda tick, _: f"{tick:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _once(axis) -> tuple[list, list]:
@@ -291,20 +305,24 @@ def quality_vs_passes(rows: list[dict], ar: dict, real: dict) -> None:
         "entropy": "unigram entropy of a sample (nats)",
         "repetition": "tokens repeated within 16",
     }
-    ticks = [4, 8, 16, 32, 64]
+    orders = list(dict.fromkeys(row["order"] for row in rows))
+    ticks = sorted({row["passes"] for row in [*rows, ar]})
     figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.8))
     for axis, (key, title) in zip(axes, panels.items(), strict=True):
-        for order, color in zip(dict.fromkeys(row["order"] for row in rows), cycle(COLORS), strict=False):
+        for k, (order, color) in enumerate(zip(orders, cycle(COLORS), strict=False)):
             points = sorted((row["passes"], row[key], row["stderr"][key]) for row in rows if row["order"] == order)
-            passes, means, errors = zip(*points, strict=True)
-            axis.errorbar(passes, means, yerr=errors, fmt="o-", color=color, ms=4, lw=1.2, capsize=2, label=order)
+            passes, means, errors = map(np.array, zip(*points, strict=True))
+            beside = 1.03 ** (k - (len(orders) - 1) / 2)  # so that no error bar hides another
+            axis.errorbar(
+                beside * passes, means, yerr=errors, fmt="o-", color=color, ms=4, lw=1.2, capsize=2, label=order
+            )
         axis.plot(ar["passes"], ar[key], "*", color="black", ms=12, label="the AR model")
         axis.axhline(real[key], color="black", linestyle=":", label="real text")
         axis.set(xlabel="forward passes", title=title, xscale="log")
         axis.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
         axis.minorticks_off()
-    axes[0].set_yscale("log")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=6)
+    _logarithmic(axes[0])
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=4)
     _show(figure)
 
 
@@ -354,21 +372,25 @@ def _born(samples: Samples, row: int) -> list[int]:
     return born
 
 
-def strip(samples: Samples, tokenizer, row: int = 0, frames: int = 5, width: int = 96) -> None:
+def strip(samples: Samples, tokenizer, row: int = 0, frames: int = 6, width: int = 52, columns: int = 3) -> None:
     """The denoising of one sample as a picture: grey boxes are masked, orange words are new since the frame before.
 
     Args:
         samples: with `return_history`.
         frames: how many moments to draw, from the first to the last.
         width: characters per line.
+        columns: frames beside each other.
     """
     born, total = _born(samples, row), len(samples.history)
     keep = [i for i in range(len(born)) if samples.shown[row, i + 1]]
     pieces = [tokenizer.decode([samples.tokens[row, i + 1].item()]) for i in keep]
-    cuts = [round(total * frame / (frames - 1)) for frame in range(frames)]
-    figure, axes = plt.subplots(frames, 1, figsize=(CHARACTER * width, 0.2))
+    figure, axes = plt.subplots(math.ceil(frames / columns), columns, squeeze=False)
     before, lines = 0, 1
-    for axis, cut in zip(axes, cuts, strict=True):
+    for frame, axis in enumerate(axes.flat):
+        if frame >= frames:
+            axis.axis("off")
+            continue
+        cut = round(total * frame / (frames - 1))
         states = [
             "given" if born[i] < 0 else "masked" if born[i] >= cut else "new" if born[i] >= before else "old"
             for i in keep
@@ -376,24 +398,37 @@ def strip(samples: Samples, tokenizer, row: int = 0, frames: int = 5, width: int
         lines = _paragraph(axis, list(zip(pieces, states, strict=True)), width)
         axis.set_title(f"after {cut} of {total} passes", loc="left", fontsize=9)
         before = cut
-    figure.set_size_inches(CHARACTER * width, frames * (0.2 * lines + 0.3))
+    figure.set_size_inches(CHARACTER * (width + 3) * columns, len(axes) * (0.2 * lines + 0.4))
     _show(figure)
 
 
-def restored_text(pieces: list[tuple[str, str]], width: int = 96) -> None:
-    """A passage some of whose tokens were hidden and restored: right ones green, wrong ones red, given ones black.
+def restored_text(pieces: list[tuple[str, str | None]], width: int = 96) -> None:
+    """A passage some of whose tokens were hidden and restored: right ones green; wrong ones red, the truth behind them.
 
     Args:
-        pieces: the text of each token, and "given", "right" or "wrong".
+        pieces: the text of each token, and what a model put in its place, or None where it was not hidden.
     """
+    drawn = []
+    for truth, restored in pieces:
+        if restored is None or restored == truth:
+            drawn.append((truth, "given" if restored is None else "right"))
+        else:
+            drawn += [(_visible(restored), "wrong"), (_visible(truth), "missed")]
     figure, axis = plt.subplots(figsize=(CHARACTER * width, 1))
-    lines = _paragraph(axis, pieces, width)
+    lines = _paragraph(axis, drawn, width)
     figure.set_size_inches(CHARACTER * width, 0.2 * lines + 0.3)
     _show(figure)
 
 
+def _visible(text: str) -> str:
+    return text.replace("\n", "⏎").replace(" ", "␣")
+
+
 CHARACTER = 0.08  # inches per character of a paragraph, at its font size
-INKS = {"given": "#111111", "old": "#111111", "masked": "#c9ced6", "new": ORANGE, "right": GREEN, "wrong": RED}
+INKS = {
+    "given": "#111111", "old": "#111111", "masked": "#c9ced6", "new": ORANGE, "right": GREEN, "wrong": RED,
+    "missed": GREY,
+}  # fmt: skip
 BOX, EDGE = "█", "▉"  # a masked character, and the last one of its token
 
 

@@ -446,7 +446,7 @@ class Run:
         self.watch.forgive(counted)
         self.rollbacks, self.seconds, self.best = rollbacks, seconds, best
         factor = ROLLBACK_LR_FACTOR**rollbacks
-        event = f"at step {was} {trouble}: rolled back to step {self.step}, learning rate x {factor:g}"
+        event = f"at step {was}: {trouble}: rolled back to step {self.step}, learning rate x {factor:g}"
         self._record({"event": event})
         if self.is_main:
             tqdm.write(event, file=sys.stderr)

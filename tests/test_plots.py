@@ -84,7 +84,7 @@ def test_quality_panels(shown):
     for axis in shown[0].axes:
         assert axis.get_legend_handles_labels()[1].count("random") == 1 and len(axis.containers) == 2
     drawn = shown[0].axes[0].containers[0]
-    assert list(drawn.lines[0].get_xdata()) == [4, 8]  # by passes, whatever the order of the rows
+    assert list(drawn.lines[0].get_xdata()) == pytest.approx([4, 8], rel=0.05)  # by passes, whatever the rows' order
     assert [list(bar[:, 1]) for bar in drawn.lines[2][0].get_segments()] == [[23.0, 27.0], [10.5, 14.5]]
 
 
@@ -191,27 +191,24 @@ def test_the_stability_panel_marks_where_a_run_went_back(shown, scale):
     ]
     back = {
         "step": 20,
-        "event": "at step 22 5 steps in a row were skipped: rolled back to step 20, learning rate x 0.5",
+        "event": "at step 22: 5 steps in a row were skipped: rolled back to step 20, learning rate x 0.5",
     }
     plots.stability(History(records=[*records, back, {"step": 25, "event": "finished: no better NELBO"}]))
     axes = shown[0].axes
-    assert len(axes) == (4 if scale else 3)
-    assert list(axes[0].lines[0].get_xdata()) == [5, 10, 20, 25] and list(axes[1].lines[0].get_ydata()) == [
-        0,
-        1,
-        1,
-        2,
-        2,
-    ]
+    titles = ["largest gradient norm", "skipped steps so far", *(["loss scale"] if scale else [])]
+    assert [axis.get_title() for axis in axes] == titles  # no panel of zeros: nothing was saturated
+    assert list(axes[0].lines[0].get_xdata()) == [5, 10, 20, 25]
+    assert list(axes[1].lines[0].get_ydata()) == [0, 1, 1, 2, 2]
     assert all([list(line.get_xdata()) for line in axis.lines[1:2]] == [[20, 20]] for axis in axes)
     assert sum(line.get_label() == "rolled back to here" for line in axes[0].lines) == 1
 
 
-def test_the_smoothed_loss_is_centred(shown):
-    x, y = plots._smooth(list(range(7)), [0.0, 0, 0, 7, 0, 0, 0])
-    assert x == list(range(7)) and y == pytest.approx([0, 0, 7 / 5, 7 / 5, 7 / 5, 0, 0])
-    line = plots._smooth(list(range(9)), [2.0 * i for i in range(9)])[1]
-    assert line == pytest.approx([2.0 * i for i in range(9)])  # a trailing mean would lag behind a falling loss
+def test_the_smoothed_loss_is_centred_and_ends_where_its_window_does():
+    x, y = plots._smooth(list(range(9)), [0.0, 0, 0, 7, 0, 0, 0, 0, 0])
+    assert x == [2, 3, 4, 5, 6] and y == pytest.approx([7 / 5, 7 / 5, 7 / 5, 7 / 5, 0])
+    x, y = plots._smooth(list(range(9)), [2.0 * i for i in range(9)])
+    assert y == pytest.approx([2.0 * i for i in x])  # a trailing mean would lag behind a falling loss
+    assert plots._smooth([1, 2], [3.0, 4.0]) == ([1, 2], [3.0, 4.0])
 
 
 def test_the_strip_draws_each_token_masked_then_new_then_old(shown):
@@ -235,13 +232,14 @@ def texts_of(axis) -> dict[str, str]:
 
 
 def test_restored_text_colours_right_and_wrong_tokens_in_their_columns(shown):
-    pieces = [("the mean of", "given"), (" an", "right"), (" old", "wrong"), (" array\nof $x$", "given")]
+    pieces = [("the mean of", None), (" an", " an"), (" old", "\n"), (" array\nof $x$", None)]
     plots.restored_text(pieces, width=30)
     drawn = [(text.get_text(), text.get_color()) for text in shown[0].axes[0].texts]
     assert drawn == [
-        ("the mean of        array", "#111111"),
+        ("the mean of         array", "#111111"),
         ("            an", plots.GREEN),
-        ("               old", plots.RED),
+        ("              ⏎", plots.RED),
+        ("               ␣old", plots.GREY),
         ("of $x$", "#111111"),
     ]
 

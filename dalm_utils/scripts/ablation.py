@@ -21,7 +21,7 @@ from ..backbone import load_base, load_diffusion
 from ..checkpoint import write_file
 from ..config import PROJECT, RunConfig, load_config
 from ..corpus import Blocks, load_corpus
-from ..evaluation import ar_nll, nelbo
+from ..evaluation import ar_nll, nelbo, standard_error
 from ..history import History
 from ..machine import describe
 from ..sampling import generate
@@ -99,12 +99,14 @@ def _as_json(content: dict) -> str:
 
 def _about(config: RunConfig) -> dict:
     base, tokenizer = load_base(config.base, hub=config.hub, device=config.device)
-    ar = ar_nll(base, tokenizer, _blocks(config, tokenizer, "test", TEST_BLOCKS), precision=config.precision)
+    test = _blocks(config, tokenizer)
+    ar = ar_nll(base, tokenizer, test, precision=config.precision)
     return {
         "command": f"python -m dalm_utils.scripts.ablation {config.name.removeprefix('shift-')}",
         "date": str(datetime.date.today()),
         "machine": describe(),
         "test": f"{TEST_BLOCKS} test blocks, {TEST_SAMPLES} masks each; the NELBO of each block, nats per token",
+        "documents": test.documents.tolist(),
         "ar_nll": round(ar.mean, 4),
         "config": {key: value for key, value in vars(config).items() if key != "runs"},
     }
@@ -113,8 +115,7 @@ def _about(config: RunConfig) -> dict:
 def _result(history: History, config: RunConfig, arm: str) -> dict:
     """What is kept of one run: its curves, and the score of each test block, so that any two can be paired."""
     model, tokenizer = load_diffusion(config.folder.with_name(f"{config.name}-{arm}") / "best", device=config.device)
-    test = _blocks(config, tokenizer, "test", TEST_BLOCKS)
-    score = nelbo(model, tokenizer, test, num_samples=TEST_SAMPLES, precision=config.precision)
+    score = nelbo(model, tokenizer, _blocks(config, tokenizer), num_samples=TEST_SAMPLES, precision=config.precision)
     curves = {key: history.series(key, "tokens") for key in ("loss", "nelbo", "nelbo_stderr")}
     return {
         "tokens": history.last("tokens"),
@@ -126,8 +127,8 @@ def _result(history: History, config: RunConfig, arm: str) -> dict:
     }
 
 
-def _blocks(config: RunConfig, tokenizer, split: str, limit: int) -> Blocks:
-    return load_corpus(config.text, tokenizer, field=config.field).blocks(split, config.length, limit)
+def _blocks(config: RunConfig, tokenizer) -> Blocks:
+    return load_corpus(config.text, tokenizer, field=config.field).blocks("test", config.length, TEST_BLOCKS)
 
 
 # ------------------------------------------------------------------------------------------------- reading
@@ -149,11 +150,12 @@ class Recorded:
         return [float((one - other).mean()) for one, other in pairs]
 
     def effect(self, worse: str, better: str, steps: int) -> tuple[float, float]:
-        """Their mean and its standard error: over seeds, or over test blocks where there is one seed only."""
+        """Their mean and its standard error: over seeds, or over documents of the test where there is one seed only."""
         values = self.effects(worse, better, steps)
-        if len(values) == 1:
-            values = self.scores(worse, steps)[0] - self.scores(better, steps)[0]
-        return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
+        if len(values) > 1:
+            return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
+        difference = self.scores(worse, steps)[0] - self.scores(better, steps)[0]
+        return float(difference.mean()), standard_error(difference, self.about.get("documents"))
 
     def history(self, arm: str) -> History:
         """The curves of an arm's first run, from before its first step on."""
