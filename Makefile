@@ -1,4 +1,4 @@
-# make run     run notebook 1 from top to bottom (minutes; needs no network and no GPU)
+# make run     run notebook 1 from top to bottom (minutes; no GPU, and no network after the set-up)
 # make check   lint, types and the fast tests: two minutes on two slow cores
 # make test    everything: also the slow tests, and the notebooks' outputs compared with the stored ones
 # make setup   only the virtual environment, with the package installed in it so that edits take effect

@@ -111,12 +111,10 @@ def _train(options: argparse.Namespace) -> int:
 
     from accelerate import PartialState
 
-    from .machine import pick_device, pick_precision
     from .run import build
     from .training import train
 
-    pick_precision(config.precision, pick_device(config.device))  # a machine that lacks it is an error before downloads
-    model, tokenizer = build(config.replace(device="cpu"))  # `train` moves it to this process's own device
+    model, tokenizer = build(config, device="cpu")  # `train` moves it to this process's own device
     history = train(model, tokenizer, config, resume="never" if options.fresh else "auto", on_log=_print_record)
     if PartialState().is_main_process:
         for key in ("loss", "nelbo", "nll", "bits_per_byte", "tokens_per_second"):
@@ -179,12 +177,12 @@ def _status(options: argparse.Namespace) -> None:
     from .history import History
 
     places = (Path(options.run), runs_folder() / options.run)
-    found = next((path for path in places if (path / "config.json").is_file()), None)
-    settings = _read_json(found / "config.json") if found else {}
-    if found is None or "total_steps" not in settings:  # nothing, or a model
+    settings = {path: _read_json(path / "config.json") for path in places if (path / "config.json").is_file()}
+    found = next((path for path in settings if "total_steps" in settings[path]), None)  # others are models
+    if found is None:
         raise FileNotFoundError(f"no run {options.run!r}: neither {' nor '.join(map(display_path, places))} is one")
     folder = RunFolder(found.resolve())
-    print("\n".join(_describe_run(folder, History.load(folder.path / "history.jsonl"), settings["total_steps"])))
+    print("\n".join(_describe_run(folder, History.load(folder.path / "history.jsonl"), settings[found]["total_steps"])))
 
 
 def _describe_run(folder, history, total: int) -> list[str]:
@@ -480,9 +478,13 @@ def _ar_base(origin: dict) -> str:
     """The AR model from which a diffusion model was made, perhaps by way of other diffusion models."""
     from .hubs import find
 
-    base = origin.get("base", "tiny-gpt2")
-    earlier = _origin(find(base, "auto", None))
-    return _ar_base(earlier) if earlier.get("objective") in ("diffusion", "finetune") else base
+    base, seen = origin.get("base", "tiny-gpt2"), set()
+    while (origin := _origin(find(base, "auto", None))).get("objective") in ("diffusion", "finetune"):
+        if base in seen:  # a run that began with its own best model, and has replaced it
+            raise ValueError(f"the run that made {base} says that it began with {base}")
+        seen.add(base)
+        base = origin.get("base", "tiny-gpt2")
+    return base
 
 
 def _quality_figures(model, tokenizer, blocks, judge, options) -> dict:

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.activations import ACT2FN, FastGELUActivation, NewGELUActivation
 
 from .annealing import annealed_mask
-from .head import mask_id_of
+from .head import is_shifted, mask_id_of
 from .hubs import find, in_one_line, require_files
 from .machine import keep_memory, pick_device
 from .tokens import add_mask, begin_id, encode, is_special, require_backend, token_ids
@@ -183,7 +183,7 @@ def predicting_states(model: nn.Module, hidden: Tensor, places: Tensor, shift: b
         places: `[M]` long, flat indices b * L + i; under the shift, none at i = 0.
         shift: None takes the model's own setting, `model.config.shift`; an AR model has none and is shifted.
     """
-    shift = getattr(model.config, "shift", True) if shift is None else shift
+    shift = is_shifted(model) if shift is None else shift
     return hidden.flatten(0, 1)[places - int(shift)]
 
 
@@ -450,12 +450,19 @@ def _hidden_without_mask(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------ save and load
 def save_diffusion(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path, weights: dict | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
+    weights: dict | None = None,
+    *,
+    published_names: bool = True,
 ) -> None:
     """Write config, safetensors weights and tokenizer; `load_diffusion` gives back the same logits.
 
     Args:
         weights: the state dict to write, where the model itself holds only shards of it.
+        published_names: name weights as published checkpoints of the family do, which differs from the module's own
+            names in mixtures of experts.
     """
     if mask_id_of(model) is not None:
         _suppress_mask(model, weights)
@@ -463,7 +470,7 @@ def save_diffusion(
         model.generation_config.validate(strict=True)
     except ValueError:  # a temperature without do_sample, as many published models have it, cannot be saved
         model.generation_config.do_sample = True
-    model.save_pretrained(path, state_dict=weights)
+    model.save_pretrained(path, state_dict=weights, save_original_format=published_names)
     tokenizer.save_pretrained(path)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from .backbone import eval_mode, hidden_states, predicting_states
+from .head import is_shifted
 from .machine import send
 
 _PROVEN: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()  # models that passed `check_cache`
@@ -59,7 +60,7 @@ class BlockPass(FullPass):
     def __init__(self, model, canvas: Tensor, attention_mask: Tensor | None, blocks: Tensor, refresh: int | None):
         super().__init__(model, canvas, attention_mask)
         self.blocks, self.refresh = blocks, refresh or math.inf
-        self.starts, self.width = _windows(blocks, int(model.config.shift))
+        self.starts, self.width = _windows(blocks, int(is_shifted(model)))
         self.cache = _KeysAndValues(*canvas.shape)
         self.block = torch.full((len(blocks),), -1)  # [N]: the block for which a sequence was refreshed last
         self.age = torch.zeros(len(blocks), dtype=torch.long)  # [N]: passes since

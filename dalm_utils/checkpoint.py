@@ -31,6 +31,10 @@ RUN_KEYS = ("model", "corpus", "total_steps")  # in the config.json of every run
 FRESH = "pass resume='never', in a terminal --fresh"
 DEFAULTS = {field.name: field.default for field in fields(RunConfig)}
 DEFAULTS["train_blocks_are"] = "the first"  # of the text; later versions sample them over its documents
+RESUMABLE = {  # what resumes the run after all, where nothing but this setting is another one
+    "adapted": "The model is not the one that the run began with: build or load the base again to resume it. ",
+    "total_steps": "Once it has finished it takes more steps; where `patience` ended it before, raise that first. ",
+}
 NOT_COMPARED = {"text", "field"}  # where the tokens came from; a digest of the tokens is compared instead
 MACHINE_KEYS = ("seconds", "tokens_per_second", "memory", "eta")  # of a record: they differ when a run is repeated
 
@@ -249,10 +253,22 @@ class RunFolder:
             if resume == "never" and self._is_run():
                 self.path.rename(_free(self.path, "old"))
             self._agree(settings)
-            return self.newest()
+            newest = self.newest()
+            if newest is None:
+                self._keep_best()
+            return newest
         except BaseException:
             self.close()
             raise
+
+    def _keep_best(self) -> None:
+        """Move the best model and its curve aside, before a run that has lost its checkpoints starts over."""
+        best, history = self.path / "best", self.path / "history.jsonl"
+        if (best / MANIFEST).is_file():
+            aside = best.rename(_free(best, "old"))
+            if history.exists():
+                history.rename(_free(history, "old"))
+            warn(f"{self.path.name} has no checkpoint to resume, so it starts over; its best model is now {aside.name}")
 
     def close(self) -> None:
         """Let other processes write here again, as soon as everything is written."""
@@ -385,9 +401,10 @@ class RunFolder:
             refused = set()  # a finished run may be given more steps
         if refused:
             differences = [f"{name}: {before[name]!r} then, {now!r} now" for name, now in changed.items()]
+            hints = [hint for name, hint in RESUMABLE.items() if refused == {name}]
             raise ValueError(
                 f"the run {self.path.name!r} exists with other settings ({'; '.join(differences)}). "
-                f"Give this one another `name`, or move the old run aside: {FRESH}."
+                f"{''.join(hints)}Give this one another `name`, or move the old run aside: {FRESH}."
             )
         if changed:
             write_file(file, json.dumps(settings, indent=1))

@@ -27,12 +27,12 @@ PROJECT = _project()  # relative paths in a config start here
 
 def cache_folder() -> Path:
     """Where prepared texts are kept: `DALM_CACHE` if it is set, else data/cache of the project."""
-    return PROJECT / (os.environ.get("DALM_CACHE") or "data/cache")
+    return PROJECT / os.path.expanduser(os.environ.get("DALM_CACHE") or "data/cache")
 
 
 def runs_folder() -> Path:
     """Where runs are kept: `DALM_RUNS` if it is set, else checkpoints/runs of the project."""
-    return PROJECT / (os.environ.get("DALM_RUNS") or RunConfig.runs)
+    return PROJECT / os.path.expanduser(os.environ.get("DALM_RUNS") or RunConfig.runs)
 
 
 def display_path(path: str | Path) -> str:
@@ -150,7 +150,7 @@ class RunConfig:
     @property
     def folder(self) -> Path:
         """The folder where this run keeps its checkpoints and history."""
-        return PROJECT / self.runs / self.name
+        return PROJECT / os.path.expanduser(self.runs) / self.name
 
 
 # Fields that may change when a run is resumed, because they do not change what is learned. Where such a field matters

@@ -131,7 +131,7 @@ def records(source: str, skips: Skips) -> Iterator[tuple[str, dict]]:
         raise ValueError(f"{source!r} is a text without records; give a .jsonl or .parquet file")
     path = _locate(source)
     files = _files(path)
-    parquet = files[0].suffix == ".parquet"
+    parquet = _ending(files[0]) == ".parquet"
     if not parquet and not path.is_file():
         raise ValueError(f"{source!r} is a folder of texts without records; give a .jsonl or .parquet file")
     opened: Iterator[tuple[str, int, Any]] = _rows_on_disk(files, "") if parquet else _numbered_lines(path)
@@ -153,7 +153,7 @@ def _open(source: str, field: str) -> tuple[Iterator[tuple[str, int, Any]], Call
         return _arxiv_rows(wanted), partial(_text_of, field=arxiv.FIELD)
     path = _locate(source)
     files = _files(path)
-    if files[0].suffix == ".parquet":
+    if _ending(files[0]) == ".parquet":
         return _rows_on_disk(files, field), partial(_text_of, field=field)
     if path.is_file():
         return _numbered_lines(path), partial(_parse_json_line, field=field)
@@ -161,7 +161,8 @@ def _open(source: str, field: str) -> tuple[Iterator[tuple[str, int, Any]], Call
 
 
 def _locate(source: str) -> Path:
-    path = next((p for p in (Path(source), PROJECT / source) if os.path.exists(p)), None)
+    places = (Path(os.path.expanduser(source)), PROJECT / source)
+    path = next((p for p in places if os.path.exists(p)), None)
     if path is None or not source:  # the empty path would be the current folder
         raise FileNotFoundError(
             f"no text at {source!r}: give {', '.join(map(repr, PACKAGES))}, 'arxiv', a .jsonl or .parquet file, or a "
@@ -170,17 +171,21 @@ def _locate(source: str) -> Path:
     return path
 
 
+def _ending(path: Path) -> str:
+    return path.suffix.lower()
+
+
 def _files(path: Path) -> list[Path]:
     """The files of a source on disk, all of one kind, in order."""
     if path.is_file():
-        if path.suffix not in (".jsonl", ".json", ".parquet"):
+        if _ending(path) not in (".jsonl", ".json", ".parquet"):
             raise ValueError(f"{str(path)!r} is neither a .jsonl or .parquet file nor a folder")
         return [path]
     for suffixes in ((".parquet",), TEXT_FILES):
-        files = sorted(file for file in path.rglob("*") if file.suffix in suffixes and file.is_file())
+        files = sorted(file for file in path.rglob("*") if _ending(file) in suffixes and file.is_file())
         if files:
             return files
-    lines = sorted(file.name for file in path.rglob("*.jsonl"))
+    lines = sorted(file.name for file in path.rglob("*") if _ending(file) == ".jsonl")
     raise ValueError(
         f"the folder {str(path)!r} has no .txt, .md, .rst, .tex or .parquet file"
         + (f"; give one of its .jsonl files by its path, such as {lines[0]}" if lines else "")
@@ -360,7 +365,7 @@ def size_of(source: str) -> int | None:
     if source in PACKAGES or arxiv.ArxivSet.parse(source):
         return None
     files = _files(_locate(source))
-    return None if files[0].suffix == ".parquet" else sum(file.stat().st_size for file in files)
+    return None if _ending(files[0]) == ".parquet" else sum(file.stat().st_size for file in files)
 
 
 # ------------------------------------------------------------------------------------- clean and split

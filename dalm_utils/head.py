@@ -25,6 +25,11 @@ def mask_id_of(model: nn.Module) -> int | None:
     return getattr(model.config, "mask_token_id", None)
 
 
+def is_shifted(model: nn.Module) -> bool:
+    """Whether the state at i-1 predicts token i: a model's setting, and so in an AR model, which has none."""
+    return getattr(model.config, "shift", True)
+
+
 def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
     """Logits `[..., V]` of hidden states `[..., D]`, in float32 or wider; [MASK] gets -inf.
 

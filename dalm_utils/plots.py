@@ -142,8 +142,9 @@ def curves(histories: dict[str, History], ar_nll: float | None = None, ratio_of:
         twin.spines["right"].set_visible(True)
     _draw_nelbo(right, histories, ar_nll, x="step", capsize=3)
     last = next(iter(histories.values())).records[-1]
+    size = f", of {last['tokens'] / last['step']:,.0f} tokens" if last["step"] else ""
     for axis in (left, right):
-        axis.set(xlabel=f"optimizer step, of {last['tokens'] / last['step']:,.0f} tokens")
+        axis.set(xlabel=f"optimizer step{size}")
         # below the panel, where no curve runs
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
     _show(figure)
@@ -188,11 +189,17 @@ def _smooth(x: list, y: list, window: int = 5) -> tuple[list, np.ndarray | list]
 
 
 # -------------------------------------------------------------------------------------------- comparisons
+def _over_seeds(values: list[float]) -> tuple[float, float]:
+    """The mean and its standard error: NaN, which draws no bar, for a single seed."""
+    error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(np.mean(values)), float(error)
+
+
 def arms(scores: dict[str, list[float]]) -> None:
     """Each arm's NELBO: a dot for each seed, a bar for their mean with its standard error."""
     figure, axis = plt.subplots(figsize=(8, 0.62 * len(scores) + 1.2))
     for row, (values, color) in enumerate(zip(scores.values(), cycle(COLORS), strict=False)):
-        mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))
+        mean, error = _over_seeds(values)
         axis.plot(values, [row] * len(values), "o", color=color, alpha=0.45, ms=7)
         axis.errorbar(mean, row, xerr=error, color=color, marker="|", ms=22, mew=2.5, capsize=4)
         axis.annotate(f"{mean:.3f}", (mean, row), (0, 15), textcoords="offset points", ha="center", color=color)
@@ -209,10 +216,10 @@ def forest(effects: dict[str, list[float]]) -> None:
     """
     figure, axis = plt.subplots(figsize=(8, 0.5 * len(effects) + 1.1))
     for row, values in enumerate(effects.values()):
-        mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))
+        mean, error = _over_seeds(values)
         axis.plot(values, [row] * len(values), "o", color=BLUE, alpha=0.35, ms=5)
         axis.errorbar(mean, row, xerr=error, color=BLUE, marker="s", ms=6, capsize=4)
-        label = f"{mean:+.3f} ± {error:.3f}"
+        label = f"{mean:+.3f}" + (f" ± {error:.3f}" if len(values) > 1 else "")
         axis.annotate(label, (1.02, row), xycoords=("axes fraction", "data"), va="center", color=BLUE)
     axis.axvline(0, color="black", lw=0.8)
     lowest, highest = (pick(value for values in effects.values() for value in values) for pick in (min, max))
@@ -238,8 +245,7 @@ def worth_against_budget(worth: dict[int, list[float]], what: str) -> None:
         worth: tokens of training -> the difference, one value for each seed.
     """
     tokens = sorted(worth)
-    means = [np.mean(worth[n]) for n in tokens]
-    errors = [np.std(worth[n], ddof=1) / np.sqrt(len(worth[n])) if len(worth[n]) > 1 else np.nan for n in tokens]
+    means, errors = zip(*(_over_seeds(worth[n]) for n in tokens), strict=True)
     figure, axis = plt.subplots(figsize=(8, 3.8))
     axis.errorbar(tokens, means, yerr=errors, color=BLUE, marker="o", capsize=4, lw=2)
     for n in tokens:

@@ -70,6 +70,8 @@ def build(config: RunConfig, device: str | None = None) -> tuple[PreTrainedModel
     model, tokenizer = load_base(config.base, hub=config.hub, device=device or config.device)
     if config.scratch:
         model = randomize(model, config.seed)
+        if mask_id_of(model) is not None:
+            model.config.annealed = False  # random weights have everything to learn, whatever the base was
     if not TASKS[config.objective].denoises or mask_id_of(model) is not None:
         return model, tokenizer
     return as_diffusion(model, tokenizer, shift=config.shift)
@@ -356,7 +358,10 @@ class Run:
 
     def _write_checkpoint(self) -> None:
         train_step, accelerator, step = self.train_step, self.accelerator, self.step
-        write_model = self._model_writer() if self.adapter is None else self._adapter_writer(self.adapter)
+        if self.adapter is None:
+            write_model = self._model_writer(published_names=False)  # they are read back into this module
+        else:
+            write_model = self._adapter_writer(self.adapter)
         optimizer = optimizer_state(train_step.module, train_step.adamw, copy=self.in_background)
         history = History(records=list(self.history.records))
         state = {name: getattr(self, name) for name in SAVED}
@@ -392,7 +397,7 @@ class Run:
         elif on_main(self.accelerator, lambda: self.folder.write(name, fill)):
             then()
 
-    def _model_writer(self) -> Callable[[Path], None]:
+    def _model_writer(self, published_names: bool = True) -> Callable[[Path], None]:
         """A function that writes the model as it is now. All processes must ask for it, since FSDP gathers from all."""
         if self.task.denoises:  # a model whose mask has opened is trained further without closing it
             self.model.config.annealed = self.task.ratio(max(0, self.step - 1)) == 1.0
@@ -400,7 +405,9 @@ class Run:
             weights = full_weights(self.train_step.module, self.model.all_tied_weights_keys, copy=self.in_background)
         else:
             weights = self.adapter.merged()
-        return lambda folder: save_diffusion(self.model, self.tokenizer, folder, weights)
+        return lambda folder: save_diffusion(
+            self.model, self.tokenizer, folder, weights, published_names=published_names
+        )
 
     def _adapter_writer(self, adapter: Adapter) -> Callable[[Path], None]:
         """A function that writes the adapter as it is now."""
@@ -457,6 +464,11 @@ class Run:
 def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
     """Raise ValueError if model, tokenizer and config do not belong together."""
     check_fits(model, tokenizer, config.length)
+    if not config.lora_rank and (half := {w.dtype for w in model.parameters()} & {torch.bfloat16, torch.float16}):
+        raise ValueError(
+            f"the weights are in {', '.join(map(str, half))}, in which small steps are lost; load them with "
+            "dtype=torch.float32. (`precision` is that of the matrix products)"
+        )
     check_finite(model)
 
 

@@ -225,19 +225,27 @@ def _rows(prompt, suffix, length, parts) -> list[Parts]:
     if parts is None:
         if length is None or length < 1:
             raise ValueError(f"need length >= 1, the number of tokens to write, or parts; got length={length}")
-        prompts = prompt if isinstance(prompt, list) else [prompt]
+        prompts = prompt if isinstance(prompt, list) else [prompt or ""]
         if not prompts:
             raise ValueError("prompt is an empty list; give at least one text")
-        return [[text or "", length, suffix or ""] for text in prompts]
+        if not all(isinstance(text, str) for text in prompts):
+            raise ValueError(f"prompt is a text or a list of texts, got {prompt!r}")
+        if not isinstance(suffix, (str, type(None))):
+            raise ValueError(f"suffix is a text, got {suffix!r}")
+        return [[text, length, suffix or ""] for text in prompts]
     if (prompt, suffix, length) != (None, None, None):
         raise ValueError("give either parts, or prompt, length and suffix")
     rows = parts if parts and isinstance(parts[0], list) else [parts]
     for row in rows:
-        gaps = [part for part in row if not isinstance(part, (str, Tensor))]
-        if wrong := [part for part in row if isinstance(part, Tensor) and (part < 0).any()]:
-            raise ValueError(f"token ids must not be negative, got {wrong[0].tolist()}")
+        gaps = [part for part in row if not isinstance(part, (str, Tensor))] if isinstance(row, list) else []
         if not gaps or not all(isinstance(gap, int) and gap > 0 for gap in gaps):
-            raise ValueError(f"parts are texts and gap sizes, with at least one gap of at least one token; got {row!r}")
+            raise ValueError(
+                "parts are texts, tensors of token ids and gap sizes, with at least one gap of at least one token; "
+                f"got {row!r}"
+            )
+        for ids in (part for part in row if isinstance(part, Tensor)):
+            if ids.dim() != 1 or ids.is_floating_point() or (ids < 0).any():
+                raise ValueError(f"token ids are a row of integers from 0 on, got {ids.tolist()}")
     return rows
 
 
@@ -260,6 +268,9 @@ class _Canvas:
         lengths = torch.tensor([1 + len(row) for row in spelled])
         longest = int(lengths.max())
         check_fits(model, tokenizer, longest)
+        known = model.get_input_embeddings().num_embeddings
+        if (largest := max(map(max, spelled))) >= known:
+            raise ValueError(f"there is no token {largest}: the model has {known}")
         tokens = torch.tensor([[self.begin, *row, *[self.begin] * (longest - 1 - len(row))] for row in spelled])
         self.real = torch.arange(longest) < lengths[:, None]  # not padding; all of these are [N, L] bool, on the CPU
         self.written = tokens == gap

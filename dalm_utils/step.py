@@ -205,6 +205,6 @@ def _set_dropout(model: nn.Module, rate: float) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = rate
-        for name in ("dropout", "attention_dropout"):  # OPT and Llama store the rate as a float
-            if isinstance(getattr(module, name, None), float):
+        for name, value in list(vars(module).items()):  # OPT, Llama and others store rates as floats, in several names
+            if isinstance(value, float) and "drop" in name and "layerdrop" not in name:
                 setattr(module, name, rate)

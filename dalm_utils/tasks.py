@@ -19,7 +19,7 @@ from .backbone import require_mask_id
 from .config import RunConfig
 from .corpus import load_corpus
 from .evaluation import Estimate, ar_nll, nelbo
-from .head import mask_id_of
+from .head import is_shifted, mask_id_of
 from .objective import Batch, corrupt, default_maskable, place_capacity, sample_times, seeded
 from .pairs import is_pairs, load_pairs
 
@@ -126,9 +126,9 @@ class MaskedDiffusion(Task):
 
     def check(self) -> None:
         require_mask_id(self.model)
-        if self.model.config.shift != self.config.shift:
+        if is_shifted(self.model) != self.config.shift:
             raise ValueError(
-                f"the model was made with shift={self.model.config.shift}, the config says shift={self.config.shift}"
+                f"the model was made with shift={is_shifted(self.model)}, the config says shift={self.config.shift}"
             )
 
     def draw(self, step: int) -> Batch:

@@ -125,9 +125,15 @@ def _drive(runs: dict[str, Run], report: Callable[[], None] | None) -> None:
         while not stopped and (active := [run for run in runs.values() if not run.is_done]):
             recorded = _advance(active)
             rounds += 1
-            if recorded:
-                report()
-            show()
+            try:
+                if recorded:
+                    report()
+                show()
+            except Exception:  # a figure that cannot be drawn, or a pipe that is closed, must not cost the steps taken
+                if first.accelerator.num_processes == 1:  # several would have to agree to write a checkpoint
+                    for run in runs.values():
+                        run.save()
+                raise
             # Agreeing takes communication, so several processes do it every few rounds, the same ones on each.
             if first.accelerator.num_processes == 1 or rounds % first.config.log_every == 0:
                 stopped = any_process(first.accelerator, bool(asked))
@@ -203,7 +209,8 @@ def _stop_at_step_end() -> Iterator[list]:
     if threading.current_thread() is not threading.main_thread():
         yield asked  # only the main thread receives signals
         return
-    old = {kind: signal.signal(kind, ask) for kind in (signal.SIGINT, signal.SIGTERM)}
+    heard = [kind for kind in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(kind) is not signal.SIG_IGN]
+    old = {kind: signal.signal(kind, ask) for kind in heard}
     try:
         yield asked
     finally:

@@ -1,6 +1,13 @@
 """Fixtures that several test files share. The process that hands out tests to others imports this without torch."""
 
+import signal
+
 import pytest
+
+
+def pytest_configure(config):
+    """Some tests press Ctrl-C, to which a shell makes them and their children deaf if it starts them in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

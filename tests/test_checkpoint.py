@@ -103,12 +103,13 @@ def test_what_a_killed_process_left_is_put_right(tmp_path):
     write(run / ".step-000007.unfinished")
     (run / ".best.unfinished").mkdir()
     (run / ".history.jsonl.unfinished").write_text("half")
+    whole = write(run / "step-000004")
     folder, newest = opened(run)
-    assert newest is None and sorted(p.name for p in run.iterdir()) == ["best", "config.json"]
+    assert newest == whole and sorted(p.name for p in run.iterdir()) == ["best", "config.json", "step-000004"]
     write(run / ".best.old", "older")  # it had been replaced
     (run / ".best.old" / "manifest.json").write_text((run / "best" / "manifest.json").read_text())
     folder._recover()
-    assert sorted(p.name for p in run.iterdir()) == ["best", "config.json"]
+    assert sorted(p.name for p in run.iterdir()) == ["best", "config.json", "step-000004"]
     folder.close()
 
 
@@ -267,6 +268,24 @@ def test_a_run_leaves_all_files_of_the_user_where_they_are(tmp_path, capsys):
     train(*tiny_diffusion(), config.replace(learning_rate=1e-3), resume="never")
     after = the_users(content(config.folder.parent))
     assert sorted(after.values()) == sorted(before.values()) and is_whole(config.folder / "step-000012")
+
+
+@pytest.mark.parametrize("lost", ["deleted", "damaged"])
+def test_a_run_without_checkpoints_keeps_its_best_model(tmp_path, capsys, lost):
+    config = tiny_config(tmp_path)
+    train(*tiny_diffusion(), config)
+    best, curve = content(config.folder / "best"), (config.folder / "history.jsonl").read_text()
+    for folder in config.folder.glob("step-*"):
+        if lost == "deleted":
+            shutil.rmtree(folder)
+        else:
+            (folder / "optimizer.pt").write_bytes(b"")
+    capsys.readouterr()
+    train(*tiny_diffusion(seed=9), config)
+    assert "starts over; its best model is now best.old1" in capsys.readouterr().err
+    assert content(config.folder / "best.old1") == best
+    assert (config.folder / "history.jsonl.old1").read_text() == curve
+    assert is_whole(config.folder / "step-000012")
 
 
 def test_a_checkpoint_never_replaces_a_folder_of_the_user(tmp_path, capsys):

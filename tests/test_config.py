@@ -2,8 +2,10 @@ import dataclasses
 
 import pytest
 
-from dalm_utils import RunConfig, load_config
-from dalm_utils.config import PROFILES, PROJECT, cache_folder, field_table, parse_field
+from dalm_utils import RunConfig, load_config, save_diffusion
+from dalm_utils.config import PROFILES, PROJECT, cache_folder, field_table, parse_field, runs_folder
+from dalm_utils.hubs import find
+from tests.helpers import tiny_diffusion
 
 
 def test_every_profile_makes_a_config():
@@ -31,6 +33,16 @@ def test_environment_and_overrides(monkeypatch):
 def test_paths_start_at_the_project():
     assert RunConfig(name="x").folder == PROJECT / "checkpoints" / "runs" / "x"
     assert str(RunConfig(name="x", runs="/elsewhere").folder) == "/elsewhere/x"
+
+
+def test_paths_may_begin_at_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DALM_CACHE", "~/cache")
+    monkeypatch.setenv("DALM_RUNS", "~/runs")
+    assert (cache_folder(), runs_folder()) == (tmp_path / "cache", tmp_path / "runs")
+    assert RunConfig(runs="~/runs", name="one").folder == tmp_path / "runs" / "one"
+    save_diffusion(*tiny_diffusion(), tmp_path / "model")
+    assert find("~/model", "auto", None) == tmp_path / "model"
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch):

@@ -469,3 +469,19 @@ def test_processes_that_read_docstrings_end_with_the_one_that_was_killed():
     for helper in helpers:
         helper.resume()
     assert not psutil.wait_procs(helpers, timeout=PATIENCE)[1]
+
+
+def test_endings_are_read_in_any_case(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for number, name in enumerate(("a.TXT", "b.txt", "c.Md")):
+        (tmp_path / "folder" / name).write_text(TEXTS[number])
+    assert sorted(module.documents(str(tmp_path / "folder"))) == sorted(TEXTS[:3])
+    lines = write_lines(tmp_path / "c.JSONL", [{"text": TEXTS[0]}])
+    assert list(module.documents(str(lines))) == [TEXTS[0]]
+    assert list(module.documents(str(write_parquet(tmp_path / "d.Parquet", [{"text": TEXTS[1]}])))) == [TEXTS[1]]
+
+
+def test_a_path_may_begin_at_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_lines(tmp_path / "t.jsonl", [{"text": TEXTS[0]}])
+    assert list(module.documents("~/t.jsonl")) == [TEXTS[0]]

@@ -21,7 +21,14 @@ from dalm_utils import hubs, load_base
 from tests.helpers import tiny_model, tiny_tokenizer
 
 HUBS = ("huggingface", "modelscope")
-NEEDED = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+NEEDED = {
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+}
 UNWANTED = ("pytorch_model.bin", "modeling_own.py", "model.onnx", "consolidated.safetensors", "onnx/config.json")
 
 
@@ -133,6 +140,7 @@ class Answer(BaseHTTPRequestHandler):
 def publish(folder, seed=0, unwanted=UNWANTED):
     """Write a repository, with files that nobody should ask for, and return its model."""
     tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages }}"
     model = tiny_model(vocab=len(tokenizer), seed=seed)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -207,7 +215,7 @@ def test_a_model_from_a_hub_is_the_one_that_was_published(source, here, tmp_path
     model, tokenizer = load_base("tiny/model", hub=source)
     published = publish(tmp_path / "again")
     assert torch.equal(logits(model), logits(published)) and model.dtype == torch.float32
-    assert tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
+    assert tokenizer.get_vocab() == tiny_tokenizer().get_vocab() and tokenizer.chat_template == "{{ messages }}"
     assert here.given == NEEDED
     here.given.clear()
     here.turn_to("http://127.0.0.1:9")  # nobody listens there: what was fetched once needs no network

@@ -4,15 +4,26 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import dalm_utils.__main__ as cli
-from dalm_utils import answer_quality, load_corpus, load_diffusion, load_pairs, nelbo, sampling, save_diffusion
+from dalm_utils import (
+    answer_quality,
+    load_corpus,
+    load_diffusion,
+    load_pairs,
+    nelbo,
+    sampling,
+    save_diffusion,
+    training,
+)
 from dalm_utils.__main__ import main
 from dalm_utils.checkpoint import RunFolder
 from dalm_utils.config import PROJECT
@@ -212,6 +223,43 @@ def test_a_model_that_predicts_nonsense_has_no_perplexity_but_a_likelihood(train
     capsys.readouterr()
     record = evaluation(capsys, trained / "best")
     assert record["nats_per_token"] > 700 and record["perplexity_bound"] is None
+
+
+def test_the_base_of_a_run_that_began_with_its_own_best_model_is_not_looked_for_without_end(trained, capsys):
+    config = trained / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base": str(trained / "best")}))
+    assert main(["evaluate", str(trained / "best"), "--length", "16", "--blocks", "2"]) == 0
+    assert "the run that made" in capsys.readouterr().err
+
+
+def test_a_precision_of_the_gpu_is_not_asked_of_the_cpu_on_which_the_model_is_built(workplace, monkeypatch):
+    built = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(training, "train", lambda model, *_, **__: built.append(model) or exit(7))
+    with pytest.raises(SystemExit, match="7"):
+        main(["train", "gpt2", "device=cuda", "precision=fp16"])
+    assert built[0].device.type == "cpu"
+
+
+def test_status_passes_over_a_folder_of_that_name_that_is_no_run(workplace, capsys, monkeypatch):
+    assert main(["train", "gpt2", "name=mine", "sample_every=0"]) == 0
+    (workplace / "mine").mkdir()
+    (workplace / "mine" / "config.json").write_text("{}")
+    monkeypatch.chdir(workplace)
+    capsys.readouterr()
+    assert main(["status", "mine"]) == 0 and "step 12 of 12, finished" in capsys.readouterr().out
+
+
+def test_the_folder_of_a_run_without_a_best_model_is_named_with_its_newest_one(workplace, capsys):
+    run = workplace / "runs" / "young"
+    assert main(["train", "gpt2", "name=young", "sample_every=0"]) == 0
+    shutil.rmtree(run / "best")
+    assert main(["sample", str(run)]) == 1
+    assert f"without a best model; its newest model is {run}/step-000012" in capsys.readouterr().err
+    for step in run.glob("step-*"):
+        shutil.rmtree(step)
+    assert main(["sample", str(run)]) == 1 and "it has no model yet" in capsys.readouterr().err
 
 
 def test_status_shows_how_far_a_run_is(workplace, capsys, monkeypatch):

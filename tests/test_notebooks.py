@@ -310,29 +310,31 @@ def test_a_kernel_that_does_not_start_is_an_error(tmp_path):
     assert code == 1 and "error: the kernel of long.ipynb failed" in told and "Traceback" not in told
 
 
-def test_a_cell_is_interrupted_as_soon_as_the_kernel_executes_it(tmp_path):
-    """Before, the kernel would ignore it, and after it the cell might run for hours."""
+def test_a_kernel_is_interrupted_as_soon_as_it_executes_a_cell_and_not_after(tmp_path):
+    """Before, it would ignore it, and the cell might run for hours; between cells it would print a traceback."""
 
-    class Manager:
+    class Manager(runner.Manager):
         has_kernel, interrupts = True, 0
 
-        async def interrupt_kernel(self):
+        async def _async_signal_kernel(self, signum):
             self.interrupts += 1
 
     async def press():
         client = runner.Client(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")]), tmp_path)
-        client.km, counts = Manager(), []
+        client.km, counts = Manager(kernel_spec_manager=runner.ThisPython()), []
         client._announce(client.code[0])
         for happens in (
             lambda: client._stop(signal.SIGINT),
             lambda: client.process_message({"msg_type": "execute_input", "content": {}}, client.code[0], 0),
+            lambda: client._rest(),
+            lambda: client._send(client.km.interrupt_kernel()),  # as `shutdown_kernel` does first
         ):
             happens()
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.01)
             counts.append(client.km.interrupts)
         return counts
 
-    assert asyncio.run(press()) == [0, 1]
+    assert asyncio.run(press()) == [0, 1, 1, 1]
 
 
 @pytest.mark.slow

@@ -125,6 +125,7 @@ def test_fields_can_be_named(tmp_path, field):
         ([PAIRS[0]], "prompt,response,more", "got 'prompt,response,more'"),
         ([PAIRS[0]], "prompt,", "got 'prompt,'"),
         ([{"messages": conversation("a", "b")}], "text", "the tokenizer has no chat template"),
+        ([PAIRS[0]], "messages", "no pair to train on .*1 no field 'messages'"),
         ([PAIRS[0]], "question,answer", "no pair to train on .*1 no field 'question'.*the fields there are 'prompt'"),
         ([{"prompt": "a", "response": ""}], "text", "no pair to train on .*1 empty 'response'"),
         ([], "text", "no pair to train on"),

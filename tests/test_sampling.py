@@ -502,7 +502,13 @@ def test_the_end_token_is_exempt_from_the_repetition_penalty_where_a_text_may_en
     "request_, message",
     [
         (dict(prompt=[], length=4), "prompt is an empty list; give at least one text"),
-        (dict(parts=[torch.tensor([5, -1]), 3]), r"token ids must not be negative, got \[5, -1\]"),
+        (dict(parts=[torch.tensor([5, -1]), 3]), r"token ids are a row of integers from 0 on, got \[5, -1\]"),
+        (dict(parts=[torch.tensor([[5, 1]]), 3]), r"token ids are a row of integers from 0 on, got \[\[5, 1\]\]"),
+        (dict(parts=[torch.tensor([5.0]), 3]), r"token ids are a row of integers from 0 on, got \[5.0\]"),
+        (dict(parts=[torch.tensor([5, 99999]), 3]), "there is no token 99999: the model has 321"),
+        (dict(parts=[[5, 1], 3]), r"parts are texts, tensors of token ids and gap sizes"),
+        (dict(prompt=("a", "b"), length=3), r"prompt is a text or a list of texts, got \('a', 'b'\)"),
+        (dict(prompt="a", suffix=["b"], length=3), r"suffix is a text, got \['b'\]"),
     ],
 )
 def test_requests_without_a_sequence_or_with_impossible_ids_are_refused(request_, message):

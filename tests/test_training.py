@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from dalm_utils import (
     as_diffusion,
@@ -24,6 +25,7 @@ from dalm_utils import (
 from dalm_utils.annealing import anneal_ratio
 from dalm_utils.objective import batch_loss, hidden_states, sample_times, seeded
 from dalm_utils.run import learning_rate
+from dalm_utils.step import _set_dropout
 from tests.helpers import (
     FAMILIES,
     comparable,
@@ -115,6 +117,58 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path, stop, precision
     shown = []
     finished = train(*tiny_diffusion(), config, on_log=lambda history, config: shown.append(history))
     assert comparable(finished) == comparable(expected) and shown == [finished]  # nothing to do but to show its curve
+
+
+def test_a_mixture_of_experts_resumes_and_rolls_back(tmp_path):
+    """Published checkpoints name its weights otherwise than the module does."""
+
+    def mixture(seed=0):
+        torch.manual_seed(seed)
+        tokenizer = tiny_tokenizer()
+        config = MixtralConfig(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1, initializer_range=0.3,
+            max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+        return as_diffusion(MixtralForCausalLM(config), tokenizer)
+
+    config = tiny_config(tmp_path, name="parts")
+    whole, tokenizer = mixture()
+    expected = train(whole, tokenizer, config.replace(name="whole"))
+    train(*mixture(), config, on_log=stop_after(6))
+    model, _ = mixture(seed=9)
+    assert comparable(train(model, tokenizer, config)) == comparable(expected)
+    best, _ = load_diffusion(config.folder / "best")
+    assert best.state_dict().keys() == model.state_dict().keys()
+    with opened(*mixture(), config.replace(name="back")) as run:
+        run.save()
+        before = {name: weight.clone() for name, weight in run.model.state_dict().items()}
+        run.advance()
+        run._roll_back("of this test")
+        assert all(torch.equal(weight, before[name]) for name, weight in run.model.state_dict().items())
+
+
+def test_an_error_while_reporting_costs_no_step(tmp_path):
+    config = tiny_config(tmp_path, name="parts", save_every=12)
+    expected = train(*tiny_diffusion(), config.replace(name="whole"))
+
+    def fail(history, config):
+        if history.last("step") == 6:
+            raise BrokenPipeError("nobody reads this")
+
+    with pytest.raises(BrokenPipeError):
+        train(*tiny_diffusion(), config, on_log=fail)
+    assert (config.folder / "step-000006").is_dir()
+    assert comparable(train(*tiny_diffusion(), config)) == comparable(expected)
+
+
+def test_a_signal_that_the_process_ignores_is_not_heard(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of a command in the background of a script
+    try:
+        history = train(*tiny_diffusion(), tiny_config(tmp_path), on_log=stop_after(6))
+        assert history.last("step") == 12 and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(("over", "shares"), [(None, [4 / 5, 3 / 4, 2 / 3, 1 / 2]), (2, [4 / 5, 2 / 3, 0, 0])])
@@ -277,6 +331,13 @@ def test_dropout_is_what_the_config_says_whatever_it_was(tmp_path, family):
         assert torch.equal(once, again) == (share == 0)
 
 
+def test_dropout_is_set_whatever_a_layer_calls_it():
+    layer = torch.nn.Module()
+    layer.residual_dropout, layer.attn_pdrop, layer.layerdrop, layer.inner = 0.1, 0.1, 0.1, torch.nn.Dropout(0.1)
+    _set_dropout(layer, 0.0)
+    assert (layer.residual_dropout, layer.attn_pdrop, layer.layerdrop, layer.inner.p) == (0.0, 0.0, 0.1, 0.0)
+
+
 def test_the_ar_objective_is_the_next_token_loss(tmp_path):
     model, tokenizer = tiny_model(vocab=320), tiny_tokenizer()
     config = tiny_config(tmp_path, objective="ar", steps=1, log_every=1)
@@ -354,6 +415,13 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path, changes, message):
         train(*tiny_diffusion(), tiny_config(tmp_path, **changes))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_which_small_steps_are_lost_are_refused(tmp_path, dtype):
+    model, tokenizer = tiny_diffusion()
+    with pytest.raises(ValueError, match=rf"weights are in {dtype}, .*load them with dtype=torch.float32"):
+        train(model.to(dtype), tokenizer, tiny_config(tmp_path))
+
+
 def test_blocks_longer_than_the_attention_window_are_refused(tmp_path):
     model, tokenizer = tiny_diffusion("llama")
     model.config.sliding_window = 12
@@ -368,6 +436,10 @@ def test_models_that_do_not_fit_are_refused(tmp_path):
         train(tiny_model(vocab=61), tiny_tokenizer(), tiny_config(tmp_path, objective="ar"))
     with pytest.raises(ValueError, match="needs an AR model"):
         train(*tiny_diffusion(), tiny_config(tmp_path, objective="ar"))
+    model, tokenizer = tiny_diffusion()
+    del model.config.shift  # as in a diffusion model of others: it is taken as shifted
+    with pytest.raises(ValueError, match="made with shift=True, the config says shift=False"):
+        train(model, tokenizer, tiny_config(tmp_path, shift=False))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
@@ -472,7 +544,7 @@ def test_a_finished_run_continues_with_more_steps(tmp_path):
 def test_an_unfinished_run_keeps_its_number_of_steps(tmp_path):
     config = tiny_config(tmp_path)
     train(*tiny_diffusion(), config, on_log=stop_after(6))
-    with pytest.raises(ValueError, match="total_steps: 12 then, 24 now"):
+    with pytest.raises(ValueError, match=r"total_steps: 12 then, 24 now.*`patience` ended it before, raise that first"):
         train(*tiny_diffusion(), config.replace(steps=24))
 
 
@@ -485,6 +557,13 @@ def test_a_trained_diffusion_model_is_not_annealed_again(tmp_path):
         assert set(history.series("ratio")[1]) == {1.0}
     resumed = train(*tiny_diffusion(), config.replace(name="memory", anneal_steps=10_000))  # a finished run: as it was
     assert set(resumed.series("ratio")[1]) == {1.0}
+
+
+def test_random_weights_are_annealed_whatever_the_base_was(tmp_path):
+    config = tiny_config(tmp_path)
+    train(*tiny_diffusion(), config)
+    scratch = config.replace(name="scratch", base=str(config.folder / "best"), scratch=True)
+    assert train(*build(scratch), scratch).series("ratio")[1][0] < 1
 
 
 def test_a_half_opened_model_is_annealed(tmp_path):

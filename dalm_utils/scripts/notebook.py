@@ -96,14 +96,29 @@ class ThisPython(KernelSpecManager):
         return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
 
 
+class Manager(AsyncKernelManager):
+    """Interrupts its kernel only while that executes a cell, where the interrupt reaches the cell.
+
+    Anywhere else it would reach the kernel's own code, which answers with a traceback or by never ending. And
+    `shutdown_kernel` interrupts first, whatever the kernel does.
+    """
+
+    is_executing = False
+
+    async def _async_interrupt_kernel(self) -> None:
+        if self.is_executing:
+            await super()._async_interrupt_kernel()
+
+    interrupt_kernel = _async_interrupt_kernel
+
+
 class Client(NotebookClient):
     """Runs the cells of a notebook, prints the progress, and stops at the end of a cell when a signal asks for it.
 
     The first Ctrl-C or SIGTERM interrupts the cell in progress, like the stop button of Jupyter: training finishes its
     step and writes a checkpoint. The second one kills the kernel.
 
-    A kernel that executes nothing is not interrupted: one that starts would die of it with a traceback, and one that
-    waits for a cell ignores it. It is interrupted as soon as it says that it executes the cell.
+    A kernel that executes nothing is interrupted as soon as it says that it executes the next cell.
     """
 
     def __init__(self, notebook: nbformat.NotebookNode, folder: Path):
@@ -114,7 +129,6 @@ class Client(NotebookClient):
         self.code = [cell for cell in notebook.cells if cell.cell_type == "code"]
         self.current = "the start of the kernel"  # what it does now, in words
         self.stopped_by: int | None = None
-        self.is_executing = False
         self.exit_status: int | None = None  # of a kernel that died
         self.begun = time.monotonic()
         self.on_cell_start, self.on_cell_executed = self._announce, self._rest
@@ -125,7 +139,7 @@ class Client(NotebookClient):
         return (time.monotonic() - self.begun) / 60
 
     def create_kernel_manager(self) -> AsyncKernelManager:
-        self.km = AsyncKernelManager(kernel_spec_manager=ThisPython(), shutdown_wait_time=IDLE_SHUTDOWN)
+        self.km = Manager(kernel_spec_manager=ThisPython(), shutdown_wait_time=IDLE_SHUTDOWN)
         return self.km
 
     async def async_start_new_kernel(self, **options) -> None:
@@ -137,7 +151,7 @@ class Client(NotebookClient):
     def _stop(self, kind: int) -> None:
         again, self.stopped_by = self.stopped_by is not None, kind
         print(f"stopping {self.current}" + ("" if again else "; once more kills it"), file=sys.stderr, flush=True)
-        if self.km is not None and self.km.has_kernel and (again or self.is_executing):
+        if self.km is not None and self.km.has_kernel:
             self._send(self.km.shutdown_kernel(now=True) if again else self.km.interrupt_kernel())
 
     def _send(self, request) -> None:
@@ -156,8 +170,8 @@ class Client(NotebookClient):
         self._set_executing(False)
 
     def _set_executing(self, executing: bool) -> None:
-        self.is_executing = executing
-        if self.km is not None:
+        if isinstance(self.km, Manager):
+            self.km.is_executing = executing
             self.km.shutdown_wait_time = SHUTDOWN if executing else IDLE_SHUTDOWN
 
     async def _ask_exit_status(self, **_) -> None:
