@@ -6,7 +6,7 @@ import pytest
 
 
 def pytest_configure(config):
-    """Some tests press Ctrl-C, to which a shell makes them and their children deaf if it starts them in the background."""
+    """Some tests press Ctrl-C, which processes ignore that a shell started in the background, as do their children."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
