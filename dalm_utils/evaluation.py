@@ -43,6 +43,14 @@ def standard_error(values: np.ndarray, documents: np.ndarray | None = None) -> f
     return math.sqrt(count / (count - 1) * float(sums @ sums)) / len(values) if count > 1 else math.nan
 
 
+def mean_and_error(values: np.ndarray, documents: np.ndarray | None = None) -> tuple[float, float]:
+    """The mean of those `values` `[N]` that are not NaN, and its `standard_error`; NaN where there are too few."""
+    known = ~np.isnan(values)
+    if not known.any():
+        return math.nan, math.nan
+    return float(values[known].mean()), standard_error(values[known], None if documents is None else documents[known])
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean over tokens, in nats per token, with its standard error over documents (see `standard_error`)."""
@@ -290,11 +298,8 @@ class Restored:
 
 
 def _means_and_errors(values: np.ndarray, documents: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    errors = []
-    for row in values:
-        known = ~np.isnan(row)
-        errors.append(standard_error(row[known], None if documents is None else documents[known]))
-    return np.nanmean(values, -1), np.array(errors)
+    means, errors = zip(*(mean_and_error(row, documents) for row in values), strict=True)
+    return np.array(means), np.array(errors)
 
 
 TIMES = (0.05, 0.15, 0.25, 0.4, 0.6, 0.8, 1.0)

@@ -76,21 +76,6 @@ def corrupted(rows: dict[str, list[str | None]]) -> None:
     display(HTML("".join(lines)))
 
 
-def expectations(places: list[tuple[str, dict[str, float], str]]) -> None:
-    """What a model expects at some places: (the text before, token -> probability, the token that stood there)."""
-    figure, axes = plt.subplots(1, len(places), figsize=(3.6 * len(places), 2.9))
-    for axis, (before, likely, truth) in zip(axes, places, strict=True):
-        names = [_plain(token.replace(" ", "␣")) for token in likely]
-        colors = [ORANGE if token == truth else BLUE for token in likely]
-        axis.barh(range(len(names)), list(likely.values()), color=colors)
-        axis.set(yticks=range(len(names)), xlim=(0, 1), title=f"…{_plain(before)}[?]")
-        axis.set_yticklabels(names)
-        axis.invert_yaxis()
-        axis.grid(False, axis="y")
-    axes[0].set_xlabel("probability; orange: what stood there", loc="left")
-    _show(figure)
-
-
 def _plain(text: str) -> str:
     return text.replace("\n", "⏎").replace("$", r"\$").strip() or "␣"
 
@@ -409,7 +394,7 @@ def strip(samples: Samples, tokenizer, row: int = 0, frames: int = 6, width: int
 
 
 def restored_text(pieces: list[tuple[str, str | None]], width: int = 96) -> None:
-    """A passage some of whose tokens were hidden and restored: right ones green; wrong ones red, the truth behind them.
+    """A passage some of whose tokens were hidden and restored: right ones green; wrong ones red, the truth in brackets.
 
     Args:
         pieces: the text of each token, and what a model put in its place, or None where it was not hidden.
@@ -419,7 +404,7 @@ def restored_text(pieces: list[tuple[str, str | None]], width: int = 96) -> None
         if restored is None or restored == truth:
             drawn.append((truth, "given" if restored is None else "right"))
         else:
-            drawn += [(_visible(restored), "wrong"), (_visible(truth), "missed")]
+            drawn += [(_visible(restored), "wrong"), (f"[{_visible(truth)}]", "missed")]
     figure, axis = plt.subplots(figsize=(CHARACTER * width, 1))
     lines = _paragraph(axis, drawn, width)
     figure.set_size_inches(CHARACTER * width, 0.2 * lines + 0.3)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .annealing import annealed_mask
 from .backbone import check_fits, eval_mode, hidden_states, predicting_states
-from .evaluation import ar_nll, documents_of, stack, standard_error
+from .evaluation import ar_nll, documents_of, mean_and_error, stack, standard_error
 from .head import logits_of, mask_id_of
 from .machine import autocast
 from .objective import seeded
@@ -74,11 +74,11 @@ class _Averaged:
 
     @property
     def mean(self) -> dict[str, float]:
-        return {name: _mean_and_error(scores, self.documents)[0] for name, scores in self.per_block.items()}
+        return {name: mean_and_error(scores, self.documents)[0] for name, scores in self.per_block.items()}
 
     @property
     def stderr(self) -> dict[str, float]:
-        return {name: _mean_and_error(scores, self.documents)[1] for name, scores in self.per_block.items()}
+        return {name: mean_and_error(scores, self.documents)[1] for name, scores in self.per_block.items()}
 
 
 @dataclass(frozen=True)
@@ -92,15 +92,6 @@ class InfillQuality(_Averaged):
     per_block: dict[str, np.ndarray]  # [N] of each score; NaN where a gap holds no word, or pair of words, to compare
     filled: Tensor  # [N, gap] long: the tokens that the model generated
     documents: np.ndarray | None = None  # [N] equal for blocks of the same document; None where it is not known
-
-
-def _mean_and_error(scores: np.ndarray, documents: np.ndarray | None) -> tuple[float, float]:
-    """Of those that are defined, see `evaluation.standard_error`; NaN where there are too few."""
-    defined = ~np.isnan(scores)
-    if not defined.any():
-        return math.nan, math.nan
-    known = None if documents is None else documents[defined]
-    return float(scores[defined].mean()), standard_error(scores[defined], known)
 
 
 @torch.no_grad()
