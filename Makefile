@@ -47,7 +47,7 @@ setup: .venv/ready
 	{ echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	@$(BIN)/python -W ignore -m compileall -qq -j 0 .venv/lib || true  # on every core, where pip uses one; templates are no Python
+	@$(BIN)/python -W ignore -m compileall -qq -j 0 .venv/lib || true  # on every core; some packages hold templates
 	@touch $@
 
 clean:

@@ -480,8 +480,8 @@ def _ar_base(origin: dict) -> str:
 
     base, seen = origin.get("base", "tiny-gpt2"), set()
     while (origin := _origin(find(base, "auto", None))).get("objective") in ("diffusion", "finetune"):
-        if base in seen:  # a run that began with its own best model, and has replaced it
-            raise ValueError(f"the run that made {base} says that it began with {base}")
+        if base in seen:  # a run that began with its own best model, since replaced
+            raise ValueError(f"no AR model is known from which {base} was made: name one with --judge")
         seen.add(base)
         base = origin.get("base", "tiny-gpt2")
     return base

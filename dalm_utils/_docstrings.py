@@ -37,6 +37,6 @@ def _statements(tree: ast.Module) -> list[ast.AST]:
 
 
 if __name__ == "__main__":
-    gc.disable()  # syntax trees have no cycles, and looking for some takes a seventh of the time
+    gc.disable()  # syntax trees have no cycles, and looking for them takes a seventh of the time
     warnings.simplefilter("ignore")  # invalid escapes in other people's strings
     json.dump([text for path in json.load(sys.stdin) for text in docstrings_of(path)], sys.stdout)

@@ -31,9 +31,10 @@ RUN_KEYS = ("model", "corpus", "total_steps")  # in the config.json of every run
 FRESH = "pass resume='never', in a terminal --fresh"
 DEFAULTS = {field.name: field.default for field in fields(RunConfig)}
 DEFAULTS["train_blocks_are"] = "the first"  # of the text; later versions sample them over its documents
-RESUMABLE = {  # what resumes the run after all, where nothing but this setting is another one
+RESUMABLE = {  # how to resume after all, where only this setting differs
     "adapted": "The model is not the one that the run began with: build or load the base again to resume it. ",
-    "total_steps": "Once it has finished it takes more steps; where `patience` ended it before, raise that first. ",
+    "total_steps": "A run takes more steps when it has finished and its last checkpoint is there; if `patience` ended "
+    "it before, raise that first. ",
 }
 NOT_COMPARED = {"text", "field"}  # where the tokens came from; a digest of the tokens is compared instead
 MACHINE_KEYS = ("seconds", "tokens_per_second", "memory", "eta")  # of a record: they differ when a run is repeated
@@ -205,6 +206,15 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _has_ended(history: Path, total: int) -> bool:
+    """Whether the last record of a run's curve is that of its end."""
+    try:
+        last = json.loads(history.read_bytes().splitlines()[-1])
+        return last["step"] >= total or last.get("event", "").startswith("finished")
+    except (OSError, IndexError, KeyError, TypeError, ValueError):
+        return False
+
+
 # --------------------------------------------------------------------------------------------- the folder
 class RunFolder:
     """The folder of one run: `open` claims it for this process, `close` releases it.
@@ -255,16 +265,20 @@ class RunFolder:
             self._agree(settings)
             newest = self.newest()
             if newest is None:
-                self._keep_best()
+                self._keep_best(settings["total_steps"])
             return newest
         except BaseException:
             self.close()
             raise
 
-    def _keep_best(self) -> None:
-        """Move the best model and its curve aside, before a run that has lost its checkpoints starts over."""
+    def _keep_best(self, total: int) -> None:
+        """Move the best model and its curve aside, before a run that has lost its checkpoints starts over.
+
+        A run that was killed before its first checkpoint has lost none, and makes the same best model again.
+        """
         best, history = self.path / "best", self.path / "history.jsonl"
-        if (best / MANIFEST).is_file():
+        had_checkpoints = any(self.path.glob("step-*")) or _has_ended(history, total)
+        if had_checkpoints and (best / MANIFEST).is_file():
             aside = best.rename(_free(best, "old"))
             if history.exists():
                 history.rename(_free(history, "old"))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+from .checkpoint import RunFolder
 from .config import PROJECT
 
 BASES = PROJECT / "checkpoints" / "base"
@@ -49,8 +50,8 @@ def find(name: str, hub: str, revision: str | None) -> Path:
             if (place / "best" / "config.json").is_file():
                 raise FileNotFoundError(f"{name!r} is the folder of a run; its model is {name}/best")
             if _is_run(place):
-                newest = max(place.glob(f"step-*/{WEIGHTS}"), default=None)
-                remedy = f"its newest model is {name}/{newest.parent.name}" if newest else "it has no model yet"
+                models = [path.name for path in RunFolder(place).checkpoints() if any(path.glob(WEIGHTS))]
+                remedy = f"its newest model is {name}/{models[-1]}" if models else "it has no model yet"
                 raise FileNotFoundError(f"{name!r} is the folder of a run without a best model; {remedy}")
             if (place / "config.json").is_file() or (place.suffix == ".gguf" and place.is_file()):
                 return place

@@ -1,7 +1,8 @@
 """The training objective: draw a time, mask tokens, and score the model on restoring them.
 
-B sequences, L positions, K tokens to predict. The AR loss is the special case in which nothing is masked, every token
-is predicted, and attention is causal: `diffusion_loss(model, tokens, tokens, maskable, ones, attention_mask=closed)`.
+B sequences, L positions, K tokens to predict. The AR loss is the special case in which no token is replaced, every
+token is predicted, and attention is causal:
+`diffusion_loss(model, tokens, tokens, maskable, ones, attention_mask=closed)`.
 """
 
 from __future__ import annotations
@@ -99,8 +100,8 @@ def corrupt(
 class Batch:
     """Noised sequences and the tokens to predict in them.
 
-    Only the first `count` places are real. `padded` adds places of weight 0, which change neither loss nor gradient,
-    so that every batch of a run has the same shapes.
+    `with_capacity` appends places of weight 0 to the `count` that are used. They change neither loss nor gradient, and
+    give every batch of a run the same shapes.
     """
 
     noised: Tensor  # [B, L] long, what the model reads
@@ -146,8 +147,8 @@ class Batch:
         cut = {name: getattr(self, name)[:, :kept] for name in ("noised", "tokens", "real")}
         return dataclasses.replace(self, **cut, places=self.places // length * kept + self.places % length)
 
-    def padded(self, capacity: int) -> Batch:
-        """The same batch, padded to `capacity` places. Raises ValueError if it has more than that."""
+    def with_capacity(self, capacity: int) -> Batch:
+        """The same batch with `capacity` places. Raises ValueError if it has more than that."""
         unused = capacity - len(self.places)
         if unused < 0:
             raise ValueError(f"{len(self.places)} places do not fit into {capacity}")
@@ -155,7 +156,7 @@ class Batch:
         def pad(tensor: Tensor, value: int) -> Tensor:
             return torch.cat([tensor, tensor.new_full((unused,), value)])
 
-        # Padding uses position 1, since under the shift no state predicts position 0.
+        # The others stand at position 1, since under the shift no state predicts position 0.
         return dataclasses.replace(
             self, places=pad(self.places, 1), targets=pad(self.targets, 0), weights=pad(self.weights, 0)
         )

@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 from .config import RunConfig
-from .evaluation import Restored
+from .evaluation import Restored, mean_and_error
 from .history import History
 from .sampling import Samples
 
@@ -174,17 +174,11 @@ def _smooth(x: list, y: list, window: int = 5) -> tuple[list, np.ndarray | list]
 
 
 # -------------------------------------------------------------------------------------------- comparisons
-def _over_seeds(values: list[float]) -> tuple[float, float]:
-    """The mean and its standard error: NaN, which draws no bar, for a single seed."""
-    error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return float(np.mean(values)), float(error)
-
-
 def arms(scores: dict[str, list[float]]) -> None:
     """Each arm's NELBO: a dot for each seed, a bar for their mean with its standard error."""
     figure, axis = plt.subplots(figsize=(8, 0.62 * len(scores) + 1.2))
     for row, (values, color) in enumerate(zip(scores.values(), cycle(COLORS), strict=False)):
-        mean, error = _over_seeds(values)
+        mean, error = mean_and_error(np.array(values))
         axis.plot(values, [row] * len(values), "o", color=color, alpha=0.45, ms=7)
         axis.errorbar(mean, row, xerr=error, color=color, marker="|", ms=22, mew=2.5, capsize=4)
         axis.annotate(f"{mean:.3f}", (mean, row), (0, 15), textcoords="offset points", ha="center", color=color)
@@ -201,7 +195,7 @@ def forest(effects: dict[str, list[float]]) -> None:
     """
     figure, axis = plt.subplots(figsize=(8, 0.5 * len(effects) + 1.1))
     for row, values in enumerate(effects.values()):
-        mean, error = _over_seeds(values)
+        mean, error = mean_and_error(np.array(values))
         axis.plot(values, [row] * len(values), "o", color=BLUE, alpha=0.35, ms=5)
         axis.errorbar(mean, row, xerr=error, color=BLUE, marker="s", ms=6, capsize=4)
         label = f"{mean:+.3f}" + (f" ± {error:.3f}" if len(values) > 1 else "")
@@ -230,7 +224,7 @@ def worth_against_budget(worth: dict[int, list[float]], what: str) -> None:
         worth: tokens of training -> the difference, one value for each seed.
     """
     tokens = sorted(worth)
-    means, errors = zip(*(_over_seeds(worth[n]) for n in tokens), strict=True)
+    means, errors = zip(*(mean_and_error(np.array(worth[n])) for n in tokens), strict=True)
     figure, axis = plt.subplots(figsize=(8, 3.8))
     axis.errorbar(tokens, means, yerr=errors, color=BLUE, marker="o", capsize=4, lw=2)
     for n in tokens:
@@ -287,7 +281,8 @@ def quality_vs_passes(rows: list[dict], ar: dict, real: dict) -> None:
     """Perplexity under the AR judge beside diversity, with their standard errors, against forward passes.
 
     Args:
-        rows: dictionaries with order, passes, and the fields of `TextQuality`.
+        rows: dictionaries with order, passes, and the fields of `TextQuality`. Points of one number of passes are drawn
+            side by side.
         ar: the same (without order) for what the AR model wrote: a star.
         real: the three figures of real text: a line.
     """
@@ -297,7 +292,9 @@ def quality_vs_passes(rows: list[dict], ar: dict, real: dict) -> None:
         "repetition": "tokens repeated within 16",
     }
     orders = list(dict.fromkeys(row["order"] for row in rows))
-    ticks = sorted({row["passes"] for row in [*rows, ar]})
+    ticks: list[int] = []  # at the points, but for those whose labels would overlap
+    for passes in sorted({row["passes"] for row in [*rows, ar]}):
+        ticks += [passes] if not ticks or passes > 1.2 * ticks[-1] else []
     figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.8))
     for axis, (key, title) in zip(axes, panels.items(), strict=True):
         for k, (order, color) in enumerate(zip(orders, cycle(COLORS), strict=False)):
@@ -364,7 +361,7 @@ def _born(samples: Samples, row: int) -> list[int]:
 
 
 def strip(samples: Samples, tokenizer, row: int = 0, frames: int = 6, width: int = 52, columns: int = 3) -> None:
-    """The denoising of one sample as a picture: grey boxes are masked, orange words are new since the frame before.
+    """The denoising of one sample as a picture: grey boxes are masked, orange tokens are new since the frame before.
 
     Args:
         samples: with `return_history`.
@@ -393,20 +390,22 @@ def strip(samples: Samples, tokenizer, row: int = 0, frames: int = 6, width: int
     _show(figure)
 
 
-def restored_text(pieces: list[tuple[str, str | None]], width: int = 96) -> None:
+def restored_text(tokenizer, truth: Tensor, restored: Tensor, hidden: Tensor, width: int = 96) -> None:
     """A passage some of whose tokens were hidden and restored: right ones green; wrong ones red, the truth in brackets.
 
     Args:
-        pieces: the text of each token, and what a model put in its place, or None where it was not hidden.
+        truth, restored: `[n]` ids of the tokens that stood there, and of those that a model put in the hidden places.
+        hidden: `[n]` bool.
     """
-    drawn = []
-    for truth, restored in pieces:
-        if restored is None or restored == truth:
-            drawn.append((truth, "given" if restored is None else "right"))
+    pieces = []
+    for token, answer, is_hidden in zip(truth, restored, hidden, strict=True):
+        text = tokenizer.decode([token])
+        if not is_hidden or answer == token:
+            pieces.append((text, "right" if is_hidden else "given"))
         else:
-            drawn += [(_visible(restored), "wrong"), (f"[{_visible(truth)}]", "missed")]
+            pieces += [(_visible(tokenizer.decode([answer])), "wrong"), (f"[{_visible(text)}]", "missed")]
     figure, axis = plt.subplots(figsize=(CHARACTER * width, 1))
-    lines = _paragraph(axis, drawn, width)
+    lines = _paragraph(axis, pieces, width)
     figure.set_size_inches(CHARACTER * width, 0.2 * lines + 0.3)
     _show(figure)
 

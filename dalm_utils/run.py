@@ -51,7 +51,7 @@ from .tasks import TASKS
 from .tokens import tokenizer_digest
 
 ADAPTER = "adapter.safetensors"  # in a checkpoint of a run with `lora_rank`, in place of the model
-SAVED = ("step", "seconds", "best", "window_steps", "rollbacks", "stale", "anneals", "distill")  # in each checkpoint
+SAVED = ("step", "seconds", "best", "window_steps", "rollbacks", "stale", "distill")  # in each checkpoint
 
 
 def build(config: RunConfig, device: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -121,7 +121,6 @@ class Run:
 
         self.step, self.seconds, self.best, self.window_steps = 0, 0.0, math.inf, 0
         self.rollbacks, self.stale = 0, 0  # rollbacks so far; evaluations since the best one
-        self.anneals = self.task.denoises and not getattr(model.config, "annealed", False)
         self.saved_step = -1
         self.in_background = saves_in_background(accelerator)
         self.adapter: Adapter | None = None
@@ -195,6 +194,8 @@ class Run:
             trained = sum(weight.numel() for weight in self.adapter.trained().values())
             whole = self.model.num_parameters() - trained
             said += [f"LoRA of rank {config.lora_rank}: {trained:,} weights are trained, {trained / whole:.2%} of all"]
+        if self.task.denoises and not self.task.anneals and newest is None:
+            said += [f"the mask of {config.base!r} is open already: anneal_steps={config.anneal_steps} is not used"]
         if self.task.anneals and config.anneal_steps > self.total:
             said += [
                 f"anneal_steps={config.anneal_steps} is longer than the run of {self.total} steps: its mask will be "
@@ -365,6 +366,7 @@ class Run:
         optimizer = optimizer_state(train_step.module, train_step.adamw, copy=self.in_background)
         history = History(records=list(self.history.records))
         state = {name: getattr(self, name) for name in SAVED}
+        state["anneals"] = self.task.anneals
         state["window_loss"] = accelerator.reduce(train_step.loss, "mean").item()
         state["watch"] = self.watch.state()
         state["watch"]["saturated"] = self._saturated()
@@ -423,6 +425,7 @@ class Run:
             state = json.loads((checkpoint / "state.json").read_text())
             for name in SAVED:
                 setattr(self, name, state.get(name, getattr(self, name)))  # older checkpoints lack some
+            self.task.anneals = state.get("anneals", self.task.anneals)
             load_optimizer(self.train_step.module, self.train_step.adamw, checkpoint / "optimizer.pt")
             self.train_step.reset()
             self.train_step.loss.fill_(state["window_loss"])
@@ -431,7 +434,6 @@ class Run:
             if state["scaler"] and self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.saved_step = self.step
-        self.task.anneals = self.anneals
 
     def _roll_back(self, trouble: str) -> None:
         """Continue from the newest checkpoint with a lower learning rate, and say so, on the disk too."""
@@ -453,7 +455,7 @@ class Run:
         self.watch.forgive(counted)
         self.rollbacks, self.seconds, self.best = rollbacks, seconds, best
         factor = ROLLBACK_LR_FACTOR**rollbacks
-        event = f"at step {was}: {trouble}: rolled back to step {self.step}, learning rate x {factor:g}"
+        event = f"at step {was} ({trouble}): rolled back to step {self.step}, learning rate x {factor:g}"
         self._record({"event": event})
         if self.is_main:
             tqdm.write(event, file=sys.stderr)
@@ -466,8 +468,8 @@ def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, conf
     check_fits(model, tokenizer, config.length)
     if not config.lora_rank and (half := {w.dtype for w in model.parameters()} & {torch.bfloat16, torch.float16}):
         raise ValueError(
-            f"the weights are in {', '.join(map(str, half))}, in which small steps are lost; load them with "
-            "dtype=torch.float32. (`precision` is that of the matrix products)"
+            f"the weights are in {', '.join(sorted(map(str, half)))}, too coarse for small updates; load them with "
+            "dtype=torch.float32 (`precision` only sets that of matrix products)"
         )
     check_finite(model)
 

@@ -84,8 +84,8 @@ def generate(
         remasking: as random, but each revealed token is masked again with probability `remask` at each step, and
             more are revealed in its place (ReMDM, arXiv 2503.00307; `orders.Remasking` states the chain).
 
-    Four are greedy: each token is a draw from the model, but which comes next depends on what it is sure of.  Often
-    better text, but biased: not the any-order distribution.
+    Four are greedy: each token is a draw from the model, but which comes next depends on what it is sure of. So
+    they are biased: not the any-order distribution. `tests/benchmarks/RESULTS.md` compares the texts.
         confidence, entropy, margin: first where the best token has the highest probability, the entropy is
             lowest, or the two best are farthest apart; the same number of positions each step (arXiv 2202.04200).
         threshold: every position whose best token has at least probability `threshold`, and one at least;
@@ -225,26 +225,26 @@ def _rows(prompt, suffix, length, parts) -> list[Parts]:
     if parts is None:
         if length is None or length < 1:
             raise ValueError(f"need length >= 1, the number of tokens to write, or parts; got length={length}")
-        prompts = prompt if isinstance(prompt, list) else [prompt or ""]
-        if not prompts:
-            raise ValueError("prompt is an empty list; give at least one text")
-        if not all(isinstance(text, str) for text in prompts):
-            raise ValueError(f"prompt is a text or a list of texts, got {prompt!r}")
-        if not isinstance(suffix, (str, type(None))):
-            raise ValueError(f"suffix is a text, got {suffix!r}")
-        return [[text, length, suffix or ""] for text in prompts]
+        texts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
+        if not texts:
+            raise ValueError("prompt is empty; give at least one text")
+        for text in (*texts, suffix):
+            if not isinstance(text, (str, type(None))):
+                raise ValueError(f"prompt and suffix are texts (ids belong into parts), got {text!r}")
+        return [[text or "", length, suffix or ""] for text in texts]
     if (prompt, suffix, length) != (None, None, None):
         raise ValueError("give either parts, or prompt, length and suffix")
-    rows = parts if parts and isinstance(parts[0], list) else [parts]
+    rows = parts if parts and isinstance(parts[0], (list, tuple)) else [parts]
     for row in rows:
-        gaps = [part for part in row if not isinstance(part, (str, Tensor))] if isinstance(row, list) else []
+        is_row = isinstance(row, (list, tuple))
+        gaps = [part for part in row if not isinstance(part, (str, Tensor))] if is_row else []
         if not gaps or not all(isinstance(gap, int) and gap > 0 for gap in gaps):
             raise ValueError(
                 "parts are texts, tensors of token ids and gap sizes, with at least one gap of at least one token; "
                 f"got {row!r}"
             )
         for ids in (part for part in row if isinstance(part, Tensor)):
-            if ids.dim() != 1 or ids.is_floating_point() or (ids < 0).any():
+            if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool or (ids < 0).any():
                 raise ValueError(f"token ids are a row of integers from 0 on, got {ids.tolist()}")
     return rows
 

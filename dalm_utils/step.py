@@ -1,4 +1,4 @@
-"""One training step of one model: times -> corrupt -> mask -> loss -> backward -> AdamW.
+"""One training step of one model: times -> corrupt -> attention mask -> loss -> backward -> AdamW.
 
 `Task.draw` draws times and corruption on the host, and `Task.attention_mask` the mask. The rest is one function,
 `TrainStep.compute`. It runs eagerly on any number of processes, or, on a single GPU, is replayed as a CUDA graph.
@@ -90,7 +90,7 @@ class TrainStep:
         mask = self.task.attention_mask(step, self.dtype)  # [1, 1, L, L], or None once every edge is open
         self._set_learning_rate(learning_rate)
         self.teacher_weight.fill_(teacher_weight)
-        self.watch.count(0, batch.count)
+        self.watch.count(0, batch.count)  # predictions of all processes
         seed_dropout(seeded(self.config.seed, step, f"dropout {self.accelerator.process_index}"), self.device)
         self.module.train()
         self._run(list(self._local_parts(batch)), mask, with_teacher=teacher_weight > 0)
@@ -107,7 +107,7 @@ class TrainStep:
                     )
                 self.accelerator.backward(loss * self.accelerator.num_processes)  # processes average their gradients
             self.loss.add_(nll * self.accelerator.num_processes)
-            self.watch.count(saturated, 0)
+            self.watch.count(saturated, 0)  # of this process; they are summed when they are read
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.config.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.unusable.copy_(self.watch.judge(norm))
@@ -143,7 +143,7 @@ class TrainStep:
         """`compute` on host tensors: as a CUDA graph, unless a rare batch has more places than its fixed shape."""
         capacity = self.task.capacity(self.config.batch)
         if self.replayed is not None and all(part.count <= capacity for part in parts):
-            self.replayed([part.padded(capacity) for part in parts], mask, with_teacher)
+            self.replayed([part.with_capacity(capacity) for part in parts], mask, with_teacher)
         else:
             if not self.config.compile:  # a compiled block would be compiled again for each length
                 parts = [part.trimmed() for part in parts]
@@ -205,6 +205,7 @@ def _set_dropout(model: nn.Module, rate: float) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = rate
-        for name, value in list(vars(module).items()):  # OPT, Llama and others store rates as floats, in several names
-            if isinstance(value, float) and "drop" in name and "layerdrop" not in name:
+        for name, value in list(vars(module).items()):  # OPT, Llama and others store rates as numbers, in several names
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if is_number and "drop" in name and name not in ("layerdrop", "layer_drop"):
                 setattr(module, name, rate)

@@ -56,7 +56,7 @@ class Task:
     ):
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.global_batch = config.batch * config.accumulate * processes
-        self.anneals = self.denoises
+        self.anneals = self.denoises and not getattr(model.config, "annealed", False)  # open stays open
         self.check()
         self.load()
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
@@ -200,9 +200,9 @@ class Finetuning(OnPairs, MaskedDiffusion):
     """Restore masked tokens of answers; a prompt is never masked, and never counts.
 
     The score is the conditional NELBO, in nats per answer token, end token included. In training an answer continues
-    with a random number of further end tokens, up to the length of the longest answer, which are masked like its own
-    but not counted. So the number of [MASK] tokens does not tell how long the answer is, and the model learns to stop
-    in a gap of any size (as LLaDA, arXiv 2502.09992).
+    with a random number of further end tokens, up to the length of the longest answer, which are masked and predicted
+    like its own, but not counted in the loss's divisor. So the number of [MASK] tokens does not tell how long the
+    answer is, and the model learns to stop in a gap of any size (as LLaDA, arXiv 2502.09992).
     """
 
     def check(self) -> None:

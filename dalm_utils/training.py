@@ -131,14 +131,27 @@ def _drive(runs: dict[str, Run], report: Callable[[], None] | None) -> None:
                 show()
             except Exception:  # a figure that cannot be drawn, or a pipe that is closed, must not cost the steps taken
                 if first.accelerator.num_processes == 1:  # several would have to agree to write a checkpoint
-                    for run in runs.values():
-                        run.save()
+                    _save(runs)
                 raise
             # Agreeing takes communication, so several processes do it every few rounds, the same ones on each.
             if first.accelerator.num_processes == 1 or rounds % first.config.log_every == 0:
                 stopped = any_process(first.accelerator, bool(asked))
-        troubles = {run: run.save() for run in runs.values()}
-    for run, trouble in troubles.items():
+        _save(runs)
+    if stopped and not all(run.is_done for run in runs.values()):
+        for run in runs.values():
+            run.history.stopped_by = asked[0] if asked else signal.SIGTERM  # or another process was asked
+        last = next(run for run in runs.values() if not run.is_done)
+        if last.is_main:
+            print(f"stopped at step {last.step} of {last.total}; run it again to resume there", file=sys.stderr)
+
+
+def _save(runs: dict[str, Run]) -> None:
+    """Write a checkpoint of each run, and say where that was not possible.
+
+    Raises:
+        RuntimeError: the disk refused.
+    """
+    for run, trouble in [(run, run.save()) for run in runs.values()]:
         if trouble is not None and run.is_main:
             print(
                 f"step {run.step} of {run.config.name!r} was not saved, since its weights are unusable: {trouble}; "
@@ -150,12 +163,6 @@ def _drive(runs: dict[str, Run], report: Callable[[], None] | None) -> None:
                 f"the last checkpoint of {run.config.name!r}, at step {run.step}, could not be written. Make room: "
                 f"{_what_is_saved(run)}. (A model that was passed to `train` still holds step {run.step}.)"
             )
-    if stopped and not all(run.is_done for run in runs.values()):
-        for run in runs.values():
-            run.history.stopped_by = asked[0] if asked else signal.SIGTERM  # or another process was asked
-        last = next(run for run in runs.values() if not run.is_done)
-        if last.is_main:
-            print(f"stopped at step {last.step} of {last.total}; run it again to resume there", file=sys.stderr)
 
 
 def _advance(runs: list[Run]) -> bool:

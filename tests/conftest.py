@@ -6,7 +6,7 @@ import pytest
 
 
 def pytest_configure(config):
-    """Some tests press Ctrl-C, which processes ignore that a shell started in the background, as do their children."""
+    """Some tests send SIGINT. A process that a shell started in the background ignores it, and so do its children."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -23,7 +23,7 @@ def test_a_plan_is_recorded_group_by_group_and_continued(tmp_path, config, monke
     ablation.record(config, [(ablation.SQUARE, 12, 0)], path)
     first = json.loads(path.read_text())
     assert first["command"] == "python -m dalm_utils.scripts.ablation tiny" and first["ar_nll"] > 0
-    assert len(first["documents"]) == 2
+    assert all(len(run["documents"]) == 2 for run in first["runs"])
     assert all(run["sample"] for run in first["runs"])
     assert [run["arm"] for run in first["runs"]] == list(ablation.SQUARE)
     assert all(len(run["per_block"]) == 2 and run["tokens"] == 12 * 4 * 16 for run in first["runs"])
@@ -72,7 +72,8 @@ def test_effects_are_paired_by_seed_and_block():
     single.runs[0]["per_block"][0] -= 5.0
     mean, error = single.effect("no-shift", "shift", 10)
     assert mean == pytest.approx(0.6) and error == pytest.approx(0.1)  # one block of fifty differs by five more
-    single.about["documents"] = [0, *range(49)]  # the first two blocks are of one document
+    for run in single.runs:
+        run["documents"] = [0, *range(49)]  # the first two blocks are of one document
     assert single.effect("no-shift", "shift", 10)[1] == pytest.approx(0.098)
 
 

@@ -288,6 +288,19 @@ def test_a_run_without_checkpoints_keeps_its_best_model(tmp_path, capsys, lost):
     assert is_whole(config.folder / "step-000012")
 
 
+def test_a_run_that_never_had_a_checkpoint_makes_its_best_model_again(tmp_path):
+    config = tiny_config(tmp_path, save_every=100)
+    train(*tiny_diffusion(), config, on_log=stop_after(8))
+    shutil.rmtree(config.folder / "step-000008")  # as if it had been killed
+    train(*tiny_diffusion(), config)
+    assert sorted(path.name for path in config.folder.iterdir()) == [
+        "best",
+        "config.json",
+        "history.jsonl",
+        "step-000012",
+    ]
+
+
 def test_a_checkpoint_never_replaces_a_folder_of_the_user(tmp_path, capsys):
     config = tiny_config(tmp_path)
     notes = config.folder / "step-000008" / "notes.md"

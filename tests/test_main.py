@@ -229,7 +229,7 @@ def test_the_base_of_a_run_that_began_with_its_own_best_model_is_not_looked_for_
     config = trained / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base": str(trained / "best")}))
     assert main(["evaluate", str(trained / "best"), "--length", "16", "--blocks", "2"]) == 0
-    assert "the run that made" in capsys.readouterr().err
+    assert "no AR model is known from which" in capsys.readouterr().err
 
 
 def test_a_precision_of_the_gpu_is_not_asked_of_the_cpu_on_which_the_model_is_built(workplace, monkeypatch):
@@ -257,9 +257,9 @@ def test_the_folder_of_a_run_without_a_best_model_is_named_with_its_newest_one(w
     shutil.rmtree(run / "best")
     assert main(["sample", str(run)]) == 1
     assert f"without a best model; its newest model is {run}/step-000012" in capsys.readouterr().err
-    for step in run.glob("step-*"):
-        shutil.rmtree(step)
-    assert main(["sample", str(run)]) == 1 and "it has no model yet" in capsys.readouterr().err
+    (run / "step-000012").rename(run / "step-000012.damaged1")
+    assert main(["sample", str(run)]) == 1
+    assert "it has no model yet" in capsys.readouterr().err
 
 
 def test_status_shows_how_far_a_run_is(workplace, capsys, monkeypatch):

@@ -185,7 +185,7 @@ def test_unused_places_change_no_loss_and_no_gradient(family, taught):
     batch = batch_of(*noisy_batch())
     teaching = dict(teacher=tiny_model(family, vocab=320, seed=1), teacher_weight=torch.tensor(0.4)) if taught else {}
     results = []
-    for given in (batch, batch.padded(batch.count + 100)):
+    for given in (batch, batch.with_capacity(batch.count + 100)):
         model.zero_grad()
         loss = batch_loss(model, given, **teaching)
         loss.loss.backward()
@@ -231,7 +231,7 @@ def test_the_rows_of_a_batch_are_the_batch():
 def test_a_batch_that_does_not_fit_its_capacity_is_never_truncated():
     batch = batch_of(*noisy_batch())
     with pytest.raises(ValueError, match=f"{batch.count} places do not fit into {batch.count - 1}"):
-        batch.padded(batch.count - 1)
+        batch.with_capacity(batch.count - 1)
 
 
 def test_places_suffice_for_nearly_every_draw():

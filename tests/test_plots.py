@@ -1,5 +1,6 @@
 import html
 import re
+from types import SimpleNamespace
 
 import matplotlib
 
@@ -7,6 +8,7 @@ matplotlib.use("Agg")
 
 import numpy as np
 import pytest
+import torch
 
 from dalm_utils import annealed_mask, generate, plots
 from dalm_utils.config import RunConfig
@@ -182,7 +184,7 @@ def test_the_stability_panel_marks_where_a_run_went_back(shown, scale):
     ]
     back = {
         "step": 20,
-        "event": "at step 22: 5 steps in a row were skipped: rolled back to step 20, learning rate x 0.5",
+        "event": "at step 22 (5 steps in a row were skipped): rolled back to step 20, learning rate x 0.5",
     }
     plots.stability(History(records=[*records, back, {"step": 25, "event": "finished: no better NELBO"}]))
     axes = shown[0].axes
@@ -223,8 +225,10 @@ def texts_of(axis) -> dict[str, str]:
 
 
 def test_restored_text_colours_right_and_wrong_tokens_in_their_columns(shown):
-    pieces = [("the mean of", None), (" an", " an"), (" old", "\n"), (" array\nof $x$", None)]
-    plots.restored_text(pieces, width=30)
+    texts = ["the mean of", " an", " old", "\n", " array\nof $x$"]
+    tokenizer = SimpleNamespace(decode=lambda ids: texts[ids[0]])
+    truth, restored = torch.tensor([0, 1, 2, 4]), torch.tensor([0, 1, 3, 4])
+    plots.restored_text(tokenizer, truth, restored, torch.tensor([False, True, True, False]), width=30)
     drawn = [(text.get_text(), text.get_color()) for text in shown[0].axes[0].texts]
     assert drawn == [
         ("the mean of           array", "#111111"),

@@ -498,17 +498,26 @@ def test_the_end_token_is_exempt_from_the_repetition_penalty_where_a_text_may_en
         shown.clear()
 
 
+@pytest.mark.parametrize("request_", [dict(parts=("a", 2, "b")), dict(prompt=("a", None), suffix="b", length=2)])
+def test_a_tuple_is_as_good_as_a_list(diffusion, request_):
+    as_lists = {name: list(value) if isinstance(value, tuple) else value for name, value in request_.items()}
+    tuples, lists = (generate(*diffusion, **options, seed=1) for options in (request_, as_lists))
+    assert tuples.text == lists.text
+
+
 @pytest.mark.parametrize(
     "request_, message",
     [
-        (dict(prompt=[], length=4), "prompt is an empty list; give at least one text"),
+        (dict(prompt=[], length=4), "prompt is empty; give at least one text"),
         (dict(parts=[torch.tensor([5, -1]), 3]), r"token ids are a row of integers from 0 on, got \[5, -1\]"),
         (dict(parts=[torch.tensor([[5, 1]]), 3]), r"token ids are a row of integers from 0 on, got \[\[5, 1\]\]"),
         (dict(parts=[torch.tensor([5.0]), 3]), r"token ids are a row of integers from 0 on, got \[5.0\]"),
         (dict(parts=[torch.tensor([5, 99999]), 3]), "there is no token 99999: the model has 321"),
         (dict(parts=[[5, 1], 3]), r"parts are texts, tensors of token ids and gap sizes"),
-        (dict(prompt=("a", "b"), length=3), r"prompt is a text or a list of texts, got \('a', 'b'\)"),
-        (dict(prompt="a", suffix=["b"], length=3), r"suffix is a text, got \['b'\]"),
+        (dict(parts=[torch.tensor([True]), 3]), r"token ids are a row of integers from 0 on, got \[True\]"),
+        (dict(prompt=0, length=3), r"prompt and suffix are texts \(ids belong into parts\), got 0"),
+        (dict(prompt=torch.tensor([1, 2]), length=3), r"prompt and suffix are texts .*, got tensor"),
+        (dict(prompt="a", suffix=["b"], length=3), r"prompt and suffix are texts .*, got \['b'\]"),
     ],
 )
 def test_requests_without_a_sequence_or_with_impossible_ids_are_refused(request_, message):

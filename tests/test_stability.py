@@ -105,7 +105,7 @@ def test_a_saturated_model_is_no_checkpoint_to_go_back_to():
 def test_a_run_goes_back_and_ends_well(tmp_path, precision):
     fault = Fault(range(11, 16), broken)
     model, history = faulty(tmp_path, fault, precision=precision)
-    assert events(history) == ["at step 13: 3 steps in a row were skipped: rolled back to step 8, learning rate x 0.5"]
+    assert events(history) == ["at step 13 (3 steps in a row were skipped): rolled back to step 8, learning rate x 0.5"]
     assert history.records[-1]["step"] == 24 and history.last("skipped") == 5  # two more passes were broken after it
     assert all(torch.isfinite(weight).all() for weight in model.parameters())
     clean = faulty(tmp_path, Fault((), broken), name="clean", precision=precision)[1]
@@ -119,7 +119,7 @@ def test_a_run_goes_back_and_ends_well(tmp_path, precision):
 def test_an_fp16_run_whose_scale_collapses_goes_back(tmp_path, fp16):
     fault = Fault(range(31, 60), broken)  # the scale has found its level by then
     model, history = faulty(tmp_path, fault, steps=48, save_every=12, eval_every=24, max_skips=40)
-    assert len(events(history)) == 1 and "the loss scale fell to 0.5: rolled back to step" in events(history)[0]
+    assert len(events(history)) == 1 and "the loss scale fell to 0.5): rolled back to step" in events(history)[0]
     assert history.records[-1]["step"] == 48 and history.last("loss_scale") > 1
     assert all(torch.isfinite(weight).all() for weight in model.parameters())
 

@@ -118,7 +118,7 @@ def test_the_inputs_are_filled_before_each_replay(tmp_path, monkeypatch):
         for number in range(8):
             batch = run.task.draw(number)
             filled.append(batch.noised.sum().item())
-            replayed([batch.padded(256)], None, False)
+            replayed([batch.with_capacity(256)], None, False)
     assert seen == filled
 
 

@@ -7,11 +7,13 @@ import signal
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
+from safetensors import safe_open
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from dalm_utils import (
     as_diffusion,
     build,
+    checkpoint,
     diffusion_loss,
     load_base,
     load_diffusion,
@@ -138,8 +140,13 @@ def test_a_mixture_of_experts_resumes_and_rolls_back(tmp_path):
     train(*mixture(), config, on_log=stop_after(6))
     model, _ = mixture(seed=9)
     assert comparable(train(model, tokenizer, config)) == comparable(expected)
-    best, _ = load_diffusion(config.folder / "best")
-    assert best.state_dict().keys() == model.state_dict().keys()
+    with safe_open(config.folder / "best" / "model.safetensors", "pt") as file:
+        assert any("block_sparse_moe.experts.0" in name for name in file.keys())  # noqa: SIM118  # no mapping
+    best = load_diffusion(config.folder / "best")[0].state_dict()
+    assert all(
+        torch.equal(best[name], weight)
+        for name, weight in load_diffusion(config.folder / "step-000012")[0].state_dict().items()
+    )
     with opened(*mixture(), config.replace(name="back")) as run:
         run.save()
         before = {name: weight.clone() for name, weight in run.model.state_dict().items()}
@@ -160,6 +167,22 @@ def test_an_error_while_reporting_costs_no_step(tmp_path):
         train(*tiny_diffusion(), config, on_log=fail)
     assert (config.folder / "step-000006").is_dir()
     assert comparable(train(*tiny_diffusion(), config)) == comparable(expected)
+
+
+def test_an_error_while_reporting_on_a_full_disk_says_both(tmp_path, monkeypatch, capsys):
+    config = tiny_config(tmp_path, save_every=12)
+
+    def fail(history, config):
+        if history.last("step") == 6:
+            monkeypatch.setattr(checkpoint, "write_whole", full)
+            raise BrokenPipeError("nobody reads this")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RuntimeError, match=r"at step 6, could not be written\. Make room") as caught:
+        train(*tiny_diffusion(), config, on_log=fail)
+    assert isinstance(caught.value.__context__, BrokenPipeError)
 
 
 def test_a_signal_that_the_process_ignores_is_not_heard(tmp_path):
@@ -333,9 +356,11 @@ def test_dropout_is_what_the_config_says_whatever_it_was(tmp_path, family):
 
 def test_dropout_is_set_whatever_a_layer_calls_it():
     layer = torch.nn.Module()
-    layer.residual_dropout, layer.attn_pdrop, layer.layerdrop, layer.inner = 0.1, 0.1, 0.1, torch.nn.Dropout(0.1)
-    _set_dropout(layer, 0.0)
-    assert (layer.residual_dropout, layer.attn_pdrop, layer.layerdrop, layer.inner.p) == (0.0, 0.0, 0.1, 0.0)
+    layer.residual_dropout, layer.attn_pdrop, layer.layerdrop, layer.inner = 0, 0.1, 0.1, torch.nn.Dropout(0.1)
+    layer.is_dropped = True
+    _set_dropout(layer, 0.2)
+    assert (layer.residual_dropout, layer.attn_pdrop, layer.layerdrop, layer.inner.p) == (0.2, 0.2, 0.1, 0.2)
+    assert layer.is_dropped is True
 
 
 def test_the_ar_objective_is_the_next_token_loss(tmp_path):

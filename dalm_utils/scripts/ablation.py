@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from ..backbone import load_base, load_diffusion
 from ..checkpoint import write_file
 from ..config import PROJECT, RunConfig, load_config
 from ..corpus import Blocks, load_corpus
-from ..evaluation import ar_nll, nelbo, standard_error
+from ..evaluation import ar_nll, mean_and_error, nelbo
 from ..history import History
 from ..machine import describe
 from ..sampling import generate
@@ -99,14 +98,12 @@ def _as_json(content: dict) -> str:
 
 def _about(config: RunConfig) -> dict:
     base, tokenizer = load_base(config.base, hub=config.hub, device=config.device)
-    test = _blocks(config, tokenizer)
-    ar = ar_nll(base, tokenizer, test, precision=config.precision)
+    ar = ar_nll(base, tokenizer, _blocks(config, tokenizer), precision=config.precision)
     return {
         "command": f"python -m dalm_utils.scripts.ablation {config.name.removeprefix('shift-')}",
         "date": str(datetime.date.today()),
         "machine": describe(),
         "test": f"{TEST_BLOCKS} test blocks, {TEST_SAMPLES} masks each; the NELBO of each block, nats per token",
-        "documents": test.documents.tolist(),
         "ar_nll": round(ar.mean, 4),
         "config": {key: value for key, value in vars(config).items() if key != "runs"},
     }
@@ -115,13 +112,15 @@ def _about(config: RunConfig) -> dict:
 def _result(history: History, config: RunConfig, arm: str) -> dict:
     """What is kept of one run: its curves, and the score of each test block, so that any two can be paired."""
     model, tokenizer = load_diffusion(config.folder.with_name(f"{config.name}-{arm}") / "best", device=config.device)
-    score = nelbo(model, tokenizer, _blocks(config, tokenizer), num_samples=TEST_SAMPLES, precision=config.precision)
+    test = _blocks(config, tokenizer)
+    score = nelbo(model, tokenizer, test, num_samples=TEST_SAMPLES, precision=config.precision)
     curves = {key: history.series(key, "tokens") for key in ("loss", "nelbo", "nelbo_stderr")}
     return {
         "tokens": history.last("tokens"),
         "tokens_per_second": history.last("tokens_per_second"),
         "nelbo": round(score.mean, 4),
         "sample": generate(model, tokenizer, **PROMPT, precision=config.precision).text[0],
+        "documents": test.documents.tolist(),
         "per_block": [round(float(value), 4) for value in score.per_block],
         "curves": {key: [x, [round(value, 4) for value in y]] for key, (x, y) in curves.items()},
     }
@@ -150,12 +149,16 @@ class Recorded:
         return [float((one - other).mean()) for one, other in pairs]
 
     def effect(self, worse: str, better: str, steps: int) -> tuple[float, float]:
-        """Their mean and its standard error: over seeds, or over documents of the test where there is one seed only."""
+        """Their mean and its standard error: over seeds, or over the test where there is one seed only.
+
+        The latter counts documents, or blocks where their documents were not recorded.
+        """
         values = self.effects(worse, better, steps)
         if len(values) > 1:
-            return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
+            return mean_and_error(np.array(values))
+        documents = next(run.get("documents") for run in self.runs if (run["arm"], run["steps"]) == (better, steps))
         difference = self.scores(worse, steps)[0] - self.scores(better, steps)[0]
-        return float(difference.mean()), standard_error(difference, self.about.get("documents"))
+        return mean_and_error(difference, None if documents is None else np.array(documents))
 
     def history(self, arm: str) -> History:
         """The curves of an arm's first run, from before its first step on."""
