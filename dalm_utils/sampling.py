@@ -230,7 +230,7 @@ def _rows(prompt, suffix, length, parts) -> list[Parts]:
             raise ValueError("prompt is empty; give at least one text")
         for text in (*texts, suffix):
             if not isinstance(text, (str, type(None))):
-                raise ValueError(f"prompt and suffix are texts (ids belong into parts), got {text!r}")
+                raise ValueError(f"prompt and suffix are texts (token ids go into parts), got {text!r}")
         return [[text or "", length, suffix or ""] for text in texts]
     if (prompt, suffix, length) != (None, None, None):
         raise ValueError("give either parts, or prompt, length and suffix")

@@ -515,7 +515,7 @@ def test_a_tuple_is_as_good_as_a_list(diffusion, request_):
         (dict(parts=[torch.tensor([5, 99999]), 3]), "there is no token 99999: the model has 321"),
         (dict(parts=[[5, 1], 3]), r"parts are texts, tensors of token ids and gap sizes"),
         (dict(parts=[torch.tensor([True]), 3]), r"token ids are a row of integers from 0 on, got \[True\]"),
-        (dict(prompt=0, length=3), r"prompt and suffix are texts \(ids belong into parts\), got 0"),
+        (dict(prompt=0, length=3), r"prompt and suffix are texts \(token ids go into parts\), got 0"),
         (dict(prompt=torch.tensor([1, 2]), length=3), r"prompt and suffix are texts .*, got tensor"),
         (dict(prompt="a", suffix=["b"], length=3), r"prompt and suffix are texts .*, got \['b'\]"),
     ],
