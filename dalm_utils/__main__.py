@@ -187,8 +187,10 @@ def _status(options: argparse.Namespace) -> None:
 
 def _describe_run(folder, history, total: int) -> list[str]:
     """A run in a few lines: its state, events, checkpoints, newest record, curve and best scores."""
+    from .checkpoint import is_end
+
     step, newest = history.last("step") or 0, history.records[-1] if history.records else {}
-    is_finished = step == total or newest.get("event", "").startswith("finished")
+    is_finished = is_end(newest | {"step": step}, total)
     state = "running now" if folder.is_claimed() else "finished" if is_finished else "not running"
     lines = [f"{folder.path.name}: step {step} of {total}, {state}", *history.series("event")[1]]
     lines.append(f"checkpoints: {', '.join(path.name for path in folder.checkpoints()) or 'none yet'}")

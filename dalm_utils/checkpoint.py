@@ -206,12 +206,16 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_end(record: dict, total: int) -> bool:
+    """Whether a record of a run's curve is that of its end, after `total` steps or where `patience` ended it."""
+    return record.get("step", 0) >= total or record.get("event", "").startswith("finished")
+
+
 def _has_ended(history: Path, total: int) -> bool:
-    """Whether the last record of a run's curve is that of its end."""
+    """Whether the last record of a run's curve is that of its end; False for a curve that cannot be read."""
     try:
-        last = json.loads(history.read_bytes().splitlines()[-1])
-        return last["step"] >= total or last.get("event", "").startswith("finished")
-    except (OSError, IndexError, KeyError, TypeError, ValueError):
+        return is_end(json.loads(history.read_bytes().splitlines()[-1]), total)
+    except (OSError, IndexError, AttributeError, TypeError, ValueError):
         return False
 
 
