@@ -545,11 +545,12 @@ def _data(options: argparse.Namespace) -> None:
     print("\n".join(_describe_pairs(corpus, fit, tokenizer) if pairs else _describe(corpus.facts)))
     print(f"The tokens, of {options.tokenizer}, are in {display_path(corpus.folder)}; facts.json there says more.")
     path = os.path.abspath(source) if os.path.exists(source) else source
-    settings = {"name": short_name(source), "text": path, "field": options.field, "base": options.tokenizer}
+    settings = {"name": short_name(path), "text": path, "field": options.field, "base": options.tokenizer}
     if pairs:
         settings |= {"objective": "finetune", "length": str(options.length)}
     variables = " ".join(f"DALM_{name.upper()}={shlex.quote(value)}" for name, value in settings.items())
-    print(f"To train on it in a notebook, set {variables}; in a terminal:")
+    notebook = "" if pairs else f"in a notebook, set {variables}; "  # the notebooks read documents
+    print(f"To train on it {notebook}in a terminal:")
     print(f"python -m dalm_utils train gpt2 {shlex.join(f'{name}={value}' for name, value in settings.items())}")
 
 
@@ -591,7 +592,8 @@ def _describe_pairs(corpus, fit: dict, tokenizer) -> list[str]:
     for split, count in facts["documents"].items():
         columns = (fit["fit"][split], facts["tokens"][split], facts["answers"][split])
         lines += [f"{split:<12}{count:>12,}" + "".join(f"{value:>16,}" for value in columns)]
-    notes = (corpus.all_pairs(split, fit["length"]).about_dropped(tokenizer, split) for split in facts["documents"])
+    notes = [corpus.all_pairs(split, fit["length"]).about_dropped(tokenizer, split) for split in facts["documents"]]
+    notes.append(corpus.about_spelled())
     return [*lines, f"the longest pair has {fit['longest']:,} tokens", *filter(None, notes), *_left_out(facts)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Cache,
+    GenerationConfig,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -83,6 +85,8 @@ def load_base(
             f"{place} lacks weights of a {type(model).__name__} ({len(missing)} in all, the first is {missing[0]}): "
             "its config.json is that of another model, or it is no causal language model"
         )
+    if any(weight.dtype in (torch.int8, torch.uint8) for weight in model.parameters()):
+        raise ValueError(f"the weights of {place} are quantized, and cannot be trained; take the unquantized model")
     check_finite(model)
     return fuse_gelu(model).to(target).eval(), tokenizer
 
@@ -464,14 +468,27 @@ def save_diffusion(
         published_names: name weights as published checkpoints of the family do, which differs from the module's own
             names in mixtures of experts.
     """
+    path = os.path.expanduser(path)
     if mask_id_of(model) is not None:
         _suppress_mask(model, weights)
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError:  # a temperature without do_sample, as many published models have it, cannot be saved
-        model.generation_config.do_sample = True
-    model.save_pretrained(path, state_dict=weights, save_original_format=published_names)
+    _make_savable(model)
+    size = {} if published_names else {"max_shard_size": 2**60}  # a run reads its own checkpoints from one file
+    model.save_pretrained(path, state_dict=weights, save_original_format=published_names, **size)
     tokenizer.save_pretrained(path)
+
+
+def _make_savable(model: PreTrainedModel) -> None:
+    """Change what transformers refuses to save in the generation config, as many published models have it."""
+    config = model.generation_config
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True  # a temperature without it
+    try:
+        config.validate(strict=True)
+    except ValueError:  # the tokens alone
+        kept = ("bos_token_id", "eos_token_id", "suppress_tokens")
+        model.generation_config = GenerationConfig(**{name: getattr(config, name) for name in kept})
 
 
 def load_diffusion(

@@ -164,7 +164,11 @@ class Corpus:
 
 # ---------------------------------------------------------------------------------------------- prepare
 def load_corpus(
-    source: str, tokenizer: PreTrainedTokenizerBase, *, field: str = "text", cache: str | Path | None = None
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    field: str = "text",
+    cache: str | Path | None = None,
 ) -> Corpus:
     """The tokenised text of a source (see `documents`): from the cache if it is there, else made and put there whole.
 
@@ -179,6 +183,7 @@ def load_corpus(
         FileNotFoundError, ConnectionError: no such source, or a hub that does not give it.
         OSError: the cache cannot be written.
     """
+    source = os.fspath(source)
     facts = {"version": VERSION, "source": identify(source, field), "tokenizer": tokenizer_digest(tokenizer)}
     folder, facts = prepared(source, facts, cache, lambda place, facts: _write(place, source, field, tokenizer, facts))
     return Corpus(folder, facts, begin_id(tokenizer))
@@ -193,7 +198,7 @@ def prepared(
         facts: what the content depends on; they name the folder.
     """
     facts = {**facts, "fingerprint": digest(json.dumps(facts, sort_keys=True))[:12]}
-    cache = Path(cache or cache_folder())
+    cache = Path(os.path.expanduser(cache or cache_folder()))
     folder = cache / f"{short_name(source)}-{facts['fingerprint']}"
     if not _is_whole(folder):
         require_writable(cache, ", where prepared texts are kept; DALM_CACHE names another folder")

@@ -5,8 +5,9 @@ Launched one by one, these kernels leave a fast GPU idle for about two thirds of
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,11 +20,30 @@ WARM_UP = 3  # eager steps before a capture: meanwhile libraries allocate worksp
 
 def capture(compute: Callable[[], None]) -> Callable[[], None]:
     """Record what `compute` does on the current CUDA device, without running it. Calling the result runs it."""
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        compute()
+    try:
+        with _backward_in_capture(), torch.cuda.graph(graph):
+            compute()
+    except BaseException:
+        torch.cuda.set_stream(stream)  # a capture that CUDA ends leaves its own
+        raise
     return graph.replay
+
+
+@contextlib.contextmanager
+def _backward_in_capture() -> Iterator[None]:
+    """Let a backward pass be captured where an earlier loss of the same weights is alive, such as a notebook's.
+
+    That loss remembers the stream on which it was computed, and autograd refuses to draw another stream into a capture.
+    Versions of torch without this setting still refuse, and the step runs eagerly.
+    """
+    override = getattr(torch.autograd.graph, "set_override_stale_capture_stream", lambda enabled: None)
+    override(True)
+    try:
+        yield
+    finally:
+        override(False)
 
 
 class ReplayedStep:
@@ -99,7 +119,10 @@ class ReplayedStep:
         try:
             self.graph = capture(lambda: self.compute(*inputs))
         except Exception as error:  # whatever the model, the driver or torch does not support in a capture
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            cause: BaseException = error
+            while cause.__context__ is not None:  # the end of the capture fails too, and says less
+                cause = cause.__context__
+            reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
             print(f"capturing the step as a CUDA graph failed, so steps run eagerly: {reason}", file=sys.stderr)
             self.enabled = False
             self.recover()

@@ -35,6 +35,7 @@ PACKAGES = {  # texts that need no download: the docstrings of packages that are
     "mathematics": ("sympy", "networkx", "numpy"),
 }  # fmt: skip
 TEXT_FILES = (".txt", ".md", ".rst", ".tex")
+ABOUT = ("readme", "license", "licence", "notice", "citation", "changelog")  # files about a dataset, not of it
 MIN_CHARACTERS = 200  # of a docstring; shorter ones say too little to learn from
 FILES = 100  # parsed by each process: enough that starting it costs little
 MIN_WORDS = 50  # and 50 for each number: shorter formulas and tables have their words in common
@@ -181,15 +182,23 @@ def _files(path: Path) -> list[Path]:
         if _ending(path) not in (".jsonl", ".json", ".parquet"):
             raise ValueError(f"{str(path)!r} is neither a .jsonl or .parquet file nor a folder")
         return [path]
-    for suffixes in ((".parquet",), TEXT_FILES):
-        files = sorted(file for file in path.rglob("*") if _ending(file) in suffixes and file.is_file())
-        if files:
-            return files
-    lines = sorted(file.name for file in path.rglob("*") if _ending(file) == ".jsonl")
-    raise ValueError(
-        f"the folder {str(path)!r} has no .txt, .md, .rst, .tex or .parquet file"
-        + (f"; give one of its .jsonl files by its path, such as {lines[0]}" if lines else "")
+    tables, lines, texts = (
+        sorted(file for file in path.rglob("*") if _ending(file) in endings and file.is_file())
+        for endings in ((".parquet",), (".jsonl",), TEXT_FILES)
     )
+    if tables or lines:
+        texts = [file for file in texts if file.stem.lower() not in ABOUT]
+    kinds = [files for files in (tables, lines, texts) if files]
+    if not kinds:
+        raise ValueError(f"the folder {str(path)!r} has no .txt, .md, .rst, .tex or .parquet file")
+    if len(kinds) > 1:
+        raise ValueError(
+            f"the folder {str(path)!r} holds files of several kinds ({', '.join(files[0].name for files in kinds)}); "
+            "give the one that holds the text, by its path, or a folder with nothing else in it"
+        )
+    if lines:
+        raise ValueError(f"give one of the .jsonl files in {str(path)!r} by its path, such as {str(lines[0])!r}")
+    return kinds[0]
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[str, int, bytes]]:
@@ -197,6 +206,10 @@ def _numbered_lines(path: Path) -> Iterator[tuple[str, int, bytes]]:
     with path.open("rb") as file:
         if file.peek(2)[:2] in UTF_16:
             raise ValueError(f"{str(path)!r} is UTF-16, not UTF-8; convert it (iconv -f UTF-16 -t UTF-8)")
+        if file.peek(1000).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            raise ValueError(
+                f"{str(path)!r} is one JSON array; write one object a line (jq -c '.[]' {path.name} > lines.jsonl)"
+            )
         for number in itertools.count(1):
             line = rest = file.readline(LONGEST_LINE + 1)
             if not line:

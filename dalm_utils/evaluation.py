@@ -248,7 +248,11 @@ def _token_means(
 
 def stack(blocks: Sequence[Tensor] | Tensor) -> Tensor:
     """`[N, L]` on the CPU, of a sequence of `[L]`."""
-    blocks = blocks if isinstance(blocks, Tensor) else torch.stack([blocks[i] for i in range(len(blocks))])
+    if not isinstance(blocks, Tensor):
+        rows = [blocks[i] for i in range(len(blocks))]
+        if not all(isinstance(row, Tensor) for row in rows):
+            raise ValueError(f"this takes blocks of a text, [N, L] token ids, not {type(blocks).__name__}")
+        blocks = torch.stack(rows)
     return blocks.cpu()
 
 

@@ -40,6 +40,7 @@ def find(name: str, hub: str, revision: str | None) -> Path:
     Args:
         name: as for `load_base`; what stands after an @ in a hub's id is a revision.
     """
+    name = os.fspath(name)
     if hub not in HUBS:
         raise ValueError(f"no hub {hub!r}; choose one of {', '.join(HUBS)}")
     if revision is not None and hub == "local":

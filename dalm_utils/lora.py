@@ -51,8 +51,10 @@ class Adapter:
         with torch.random.fork_rng():
             torch.manual_seed(seeded(seed, 0, "lora").initial_seed())
             self._tuner = lora_model(model, config, NAME)
+        for weight in self.trained().values():
+            weight.data = weight.data.float()  # whatever the model is in: BF16 is too coarse for small updates
         if mask_id is not None:
-            embedding.mask_row = nn.Parameter(embedding.weight[mask_id].detach().clone())
+            embedding.mask_row = nn.Parameter(embedding.weight[mask_id].detach().float())
             self._hook = embedding.register_forward_hook(self._put_mask_row)
 
     def _put_mask_row(self, embedding: nn.Embedding, given: tuple, output: Tensor) -> Tensor:

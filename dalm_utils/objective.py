@@ -153,12 +153,15 @@ class Batch:
         if unused < 0:
             raise ValueError(f"{len(self.places)} places do not fit into {capacity}")
 
-        def pad(tensor: Tensor, value: int) -> Tensor:
-            return torch.cat([tensor, tensor.new_full((unused,), value)])
-
-        # The others stand at position 1, since under the shift no state predicts position 0.
+        # In row 0, but not at its position 0, which no state predicts under the shift. They are spread over the row,
+        # since a GPU adds the gradients of one position one after the other.
+        places = 1 + torch.arange(unused) % (self.tokens.shape[1] - 1)
+        targets, weights = self.targets.new_zeros(unused), self.weights.new_zeros(unused)
         return dataclasses.replace(
-            self, places=pad(self.places, 1), targets=pad(self.targets, 0), weights=pad(self.weights, 0)
+            self,
+            places=torch.cat([self.places, places]),
+            targets=torch.cat([self.targets, targets]),
+            weights=torch.cat([self.weights, weights]),
         )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -144,6 +145,12 @@ class PairCorpus:
     folder: Path
     facts: dict
     begin: int
+
+    def about_spelled(self) -> str:
+        """A sentence about prompts and responses that name special tokens; empty if there are none."""
+        spelled = self.facts.get("spelled") or {}  # pairs that an earlier version prepared do not say
+        named = ", ".join(f"{word!r} in {count}" for word, count in spelled.items())
+        return named and f"special tokens named by pairs are read as letters: {named}; write chats as `messages`"
 
     def pairs(self, split: str, length: int, limit: int | None = None) -> Pairs:
         """The pairs of a split ("train", "validation" or "test") that fit into `length` tokens.
@@ -340,7 +347,11 @@ def _without_begin(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[i
 
 # ------------------------------------------------------------------------------------------------ prepare
 def load_pairs(
-    source: str, tokenizer: PreTrainedTokenizerBase, *, field: str = RunConfig.field, cache: str | Path | None = None
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    field: str = RunConfig.field,
+    cache: str | Path | None = None,
 ) -> PairCorpus:
     """The tokenised pairs of a source (see `read_pairs`): from the cache if they are there, else made and put there.
 
@@ -351,6 +362,7 @@ def load_pairs(
         ValueError: a source without a pair, or as `read_pairs`.
         FileNotFoundError: no such source.
     """
+    source = os.fspath(source)
     words = [word for word in _special_words(tokenizer) if word != MASK]
     chat = digest(json.dumps([tokenizer.chat_template, words]))
     facts = {
@@ -387,6 +399,7 @@ def _tokenise(folder: Path, source: str, field: str, tokenizer: PreTrainedTokeni
     skips = Skips()
     dtype = np.dtype(f"uint{16 if token_ids(tokenizer)[-1] + 1 < 2**16 else 32},uint8")  # token and role
     hashed = hashlib.blake2b(rule.name.encode(), digest_size=8)
+    special, spelled = _special_words(tokenizer), Counter[str]()
     counts = {name: dict.fromkeys(SPLITS, 0) for name in ("documents", "tokens", "answers", "bytes")}
     pairs = read_pairs(source, tokenizer, field, skips)
     with contextlib.ExitStack() as stack:
@@ -396,6 +409,9 @@ def _tokenise(folder: Path, source: str, field: str, tokenizer: PreTrainedTokeni
                 split = rule.split_of(pair.pieces[0][0])
                 files[split].write(packed.tobytes())
                 hashed.update(packed.tobytes())
+                spelled.update(
+                    word for word in special if not pair.chat and any(word in text for text, _ in pair.pieces)
+                )
                 counts["documents"][split] += 1
                 counts["tokens"][split] += len(packed)
                 counts["answers"][split] += int((packed["f1"] != PROMPT).sum())
@@ -407,6 +423,7 @@ def _tokenise(folder: Path, source: str, field: str, tokenizer: PreTrainedTokeni
         "digest": hashed.hexdigest(),
         "split_by": rule.name,
         **counts,
+        "spelled": dict(spelled),
         "copies": skips.copies,
         "skipped": dict(skips.reasons),
         "skipped_at": skips.places,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .annealing import annealed_mask
-from .backbone import check_fits, eval_mode, hidden_states, predicting_states
+from .backbone import check_fits, eval_mode, hidden_states, max_length, predicting_states
 from .evaluation import ar_nll, documents_of, mean_and_error, stack, standard_error
 from .head import logits_of, mask_id_of
 from .machine import autocast
@@ -176,7 +177,7 @@ def _rouge(truth: list[str], texts: list[str], kinds: tuple[str, ...]) -> dict[s
     """F1 of each kind; NaN for a true text without such n-grams, which scores 0 against itself."""
     from rouge_score.rouge_scorer import RougeScorer  # slow to import, and nothing else needs it
 
-    scorer = RougeScorer(kinds, use_stemmer=False)
+    scorer = RougeScorer(kinds, tokenizer=_Words())
     rouge = [
         (scorer.score(wanted, got), scorer.score(wanted, wanted)) for wanted, got in zip(truth, texts, strict=True)
     ]
@@ -184,6 +185,16 @@ def _rouge(truth: list[str], texts: list[str], kinds: tuple[str, ...]) -> dict[s
         kind: np.array([got[kind].fmeasure if best[kind].fmeasure else math.nan for got, best in rouge])
         for kind in kinds
     }
+
+
+class _Words:
+    """The words of a text: those of rouge-score, which knows ASCII alone, and those of other alphabets.
+
+    Chinese and Japanese, which put no space between words, count by the character.
+    """
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+", text.lower())
 
 
 # ------------------------------------------------------------------------------------------------ answers
@@ -228,13 +239,14 @@ def answer_quality(
     """
     given = [tuple(torch.tensor(part.tolist(), dtype=torch.long) for part in pairs.pair(i)) for i in range(len(pairs))]
     check_fits(model, tokenizer, max(1 + len(prompt) + len(answer) for prompt, answer in given))
+    room = min(pairs.length, max_length(model))
     answer_all: Callable = partial(_answer, order=order, block_length=block_length)
     answer_all = _answer_in_order if mask_id_of(model) is None else answer_all
     pieces = range(0, len(given), batch_size)
     answers: list[Tensor] = []
     for start in tqdm(pieces, "answering", leave=False, disable=not progress):
         prompts = [prompt for prompt, _ in given[start : start + batch_size]]
-        gaps = [min(pairs.longest_answer, pairs.length - 1 - len(prompt)) for prompt in prompts]
+        gaps = [min(pairs.longest_answer, room - 1 - len(prompt)) for prompt in prompts]
         with eval_mode(model):
             answers += answer_all(model, tokenizer, prompts, gaps, temperature, seed + start, precision)
     texts = [_until_end(tokenizer, ids, prompt) for ids, (prompt, _) in zip(answers, given, strict=True)]

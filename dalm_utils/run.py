@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbone import as_diffusion, check_finite, check_fits, load_base, randomize, save_diffusion
-from .checkpoint import RunFolder
+from .checkpoint import RunFolder, first_line
 from .config import FREE_FIELDS, RunConfig
 from .distillation import fit_distill
 from .evaluation import Estimate
@@ -279,7 +279,11 @@ class Run:
         self.history.append(record)
         if self.accelerator.trackers:
             numbers = {key: value for key, value in record.items() if isinstance(value, (int, float))}
-            self.accelerator.log({f"{self.config.name}/{k}": v for k, v in numbers.items()}, step=self.step)
+            try:
+                self.accelerator.log({f"{self.config.name}/{k}": v for k, v in numbers.items()}, step=self.step)
+            except Exception as error:  # of any tracker: a full disk, a server that has gone
+                self.accelerator.trackers.clear()  # in place, since all arms share them
+                tqdm.write(f"the trackers failed ({first_line(error)}); training goes on without them", file=sys.stderr)
 
     def _progress(self, norm: float, rate: float) -> tuple[dict, str | None]:
         """How training goes, and what is wrong with it, if anything."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -223,7 +224,7 @@ def _penalise(logits: Tensor, shown: Tensor, penalty: float) -> Tensor:
 # --------------------------------------------------------------------------------------------- the sequences
 def _rows(prompt, suffix, length, parts) -> list[Parts]:
     if parts is None:
-        if length is None or length < 1:
+        if not isinstance(length, Integral) or length < 1:
             raise ValueError(f"need length >= 1, the number of tokens to write, or parts; got length={length}")
         texts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
         if not texts:
@@ -231,7 +232,7 @@ def _rows(prompt, suffix, length, parts) -> list[Parts]:
         for text in (*texts, suffix):
             if not isinstance(text, (str, type(None))):
                 raise ValueError(f"prompt and suffix are texts (token ids go into parts), got {text!r}")
-        return [[text or "", length, suffix or ""] for text in texts]
+        return [[text or "", int(length), suffix or ""] for text in texts]
     if (prompt, suffix, length) != (None, None, None):
         raise ValueError("give either parts, or prompt, length and suffix")
     rows = parts if parts and isinstance(parts[0], (list, tuple)) else [parts]

@@ -8,6 +8,7 @@ All randomness is a function of (seed, step).
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import sys
 from collections.abc import Iterator
@@ -67,6 +68,9 @@ class TrainStep:
         if reason and self.device.type == "cuda" and accelerator.is_main_process:
             print(f"training steps run eagerly, without a CUDA graph: {reason}", file=sys.stderr)
 
+        if self.device.type == "cuda":
+            gc.collect()  # reference cycles keep the graphs and the optimizers of earlier runs in this process
+            torch.cuda.reset_peak_memory_stats(self.device)
         module = Loss(self.model if is_sharded(accelerator) else self.model.to(self.device))
         self.adamw = _adamw(self.model, config, capturable=self.device if self.replayed else None)
         self._own_settings = [
@@ -77,8 +81,6 @@ class TrainStep:
         self.watch = Watch(config.spike, config.max_skips, self.device)
         zeros = torch.zeros(4, device=self.device)
         self.loss, self.norm, self.unusable, self.teacher_weight = zeros.unbind()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)  # forget the peak of earlier runs in this process
 
     def __call__(self, step: int, learning_rate: float, teacher_weight: float) -> Tensor:
         """Take step `step` (from 0); returns its gradient norm, a scalar on the device that the next step overwrites.

@@ -189,7 +189,8 @@ class OnPairs(Task):
         self.held_out = corpus.pairs("validation", config.length, config.eval_blocks)
         self.digest = corpus.facts["digest"]
         splits = {"training": self.train, "validation": self.held_out}
-        self.notes = tuple(filter(None, (pairs.about_dropped(self.tokenizer, name) for name, pairs in splits.items())))
+        dropped = (pairs.about_dropped(self.tokenizer, name) for name, pairs in splits.items())
+        self.notes = tuple(filter(None, (corpus.about_spelled(), *dropped)))
 
     def sequences(self, step: int) -> Sequences:
         tokens, answers, real = self.train[self.rows(step)]

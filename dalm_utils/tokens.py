@@ -137,17 +137,34 @@ def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokenizer]:
     """The tokenizer's backend, temporarily without special tokens in texts, truncation and padding."""
     backend = require_backend(tokenizer)
     special, truncation, padding = backend.encode_special_tokens, backend.truncation, backend.padding
+    model, plain_model = backend.model, _plain_model(tokenizer, len(tokenizer))
+    backend.model = plain_model or model
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
     try:
         yield backend
     finally:
+        backend.model = model
         backend.encode_special_tokens = special
         if truncation:
             backend.enable_truncation(**truncation)
         if padding:
             backend.enable_padding(**padding)
+
+
+@functools.lru_cache(maxsize=8)
+def _plain_model(tokenizer: PreTrainedTokenizerBase, size: int) -> models.Model | None:
+    """A Unigram model that finds no special token in a text; None for the other kinds, which find none anyway.
+
+    Unigram models find every piece of their vocabulary, and special tokens are among them. Here these have other names.
+    """
+    state = json.loads(require_backend(tokenizer).to_str())["model"]
+    if state["type"] != "Unigram":
+        return None
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    state["vocab"] = [["\0" * (piece in special) + piece, score] for piece, score in state["vocab"]]
+    return Tokenizer.from_str(json.dumps({"version": "1.0", "model": state})).model
 
 
 def require_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

@@ -22,6 +22,7 @@ from transformers import (
     Llama4TextConfig,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedModel,
 )
 from transformers.activations import NewGELUActivation
 
@@ -34,6 +35,7 @@ from dalm_utils import (
     generate,
     infilling,
     load_base,
+    load_corpus,
     load_diffusion,
     nelbo,
     save_diffusion,
@@ -43,7 +45,7 @@ from dalm_utils.backbone import check_fits, hidden_states, load_tokenizer, max_l
 from dalm_utils.hubs import BASES
 from dalm_utils.machine import pick_device
 from dalm_utils.tokens import begin_id
-from tests.helpers import FAMILIES, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer, write_gguf
+from tests.helpers import FAMILIES, TEXTS, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer, write_gguf
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -487,16 +489,65 @@ def test_the_diffusion_models_that_ship_are_safe_with_samplers_of_others():
         assert (sample_as_transformers(folder) != mask_id).all()
 
 
-def test_a_published_generation_config_that_cannot_be_saved_does_not_end_a_run(tmp_path):
-    """Many name a temperature without do_sample, as those of Llama 2 and of GGUF files do."""
+@pytest.mark.parametrize(
+    "published, kept",
+    [
+        (dict(temperature=0.6, top_p=0.9), dict(temperature=0.6, top_p=0.9)),  # without do_sample: Llama 2, GGUF files
+        (dict(pad_token_id=-1), {}),
+        (dict(early_stopping=True, length_penalty=2.0), {}),
+    ],
+)
+def test_a_published_generation_config_that_cannot_be_saved_does_not_end_a_run(tmp_path, published, kept):
     tokenizer, base = tiny_tokenizer(), tiny_model(vocab=320)
-    base.generation_config.temperature, base.generation_config.top_p = 0.6, 0.9
+    for name, value in published.items():
+        setattr(base.generation_config, name, value)
     with pytest.raises(ValueError, match="GenerationConfig is invalid"):
         base.save_pretrained(tmp_path / "plain")
     model, tokenizer = as_diffusion(base, tokenizer)
     train(model, tokenizer, tiny_config(tmp_path, steps=2, eval_every=2))
     again = load_diffusion(tmp_path / "runs" / "tiny" / "best")[0].generation_config
-    assert again.temperature == 0.6 and again.suppress_tokens == [320]
+    expected = dict(suppress_tokens=[320], bos_token_id=0, eos_token_id=0) | kept
+    assert {name: getattr(again, name) for name in expected} == expected
+
+
+def test_a_checkpoint_is_one_file_however_large_the_model(tmp_path, monkeypatch):
+    """transformers cuts files at 50 GB, and a run resumes from model.safetensors."""
+    model, tokenizer = tiny_diffusion()
+    save = PreTrainedModel.save_pretrained
+    small = lambda self, path, **options: save(self, path, **{"max_shard_size": 2000} | options)  # noqa: E731
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", small)
+    save_diffusion(model, tokenizer, tmp_path / "export")
+    save_diffusion(model, tokenizer, tmp_path / "checkpoint", published_names=False)
+    assert [len([*(tmp_path / name).glob("*.safetensors")]) > 1 for name in ("export", "checkpoint")] == [True, False]
+    assert load_diffusion(tmp_path / "export")
+
+
+def test_quantized_weights_are_refused(tmp_path, monkeypatch):
+    save_diffusion(*tiny_diffusion(), tmp_path)
+    load = AutoModelForCausalLM.from_pretrained
+
+    def quantized(*args, **options):
+        model, report = load(*args, **options)
+        packed = torch.zeros(4, 1, dtype=torch.uint8)
+        model.transformer.h[0].mlp.c_fc.weight = torch.nn.Parameter(packed, requires_grad=False)
+        return model, report
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", quantized)
+    with pytest.raises(ValueError, match="are quantized, and cannot be trained; take the unquantized model"):
+        load_base(str(tmp_path))
+
+
+def test_paths_are_taken_as_such_and_may_begin_at_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model, tokenizer = tiny_diffusion()
+    save_diffusion(model, tokenizer, "~/model")
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    assert load_base(tmp_path / "model")[1].vocab_size == tokenizer.vocab_size
+    with pytest.raises(FileNotFoundError, match=r"no model '.*typo'"):
+        load_base(tmp_path / "typo", hub="local")
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    corpus = load_corpus(tmp_path / "t.jsonl", tokenizer, cache="~/cache")
+    assert corpus.folder.parent == tmp_path / "cache"
 
 
 def test_loading_says_what_is_wrong(tmp_path):

@@ -46,12 +46,27 @@ WAITS = {
 }
 
 
+def is_captured(run):
+    return run.train_step.replayed is not None and run.train_step.replayed.graph is not None
+
+
+def test_a_step_is_captured_although_an_earlier_loss_is_alive(tmp_path):
+    model, tokenizer = tiny_diffusion()
+    batch = (part.to("cuda") for part in noisy_batch((2, 16)))
+    kept = diffusion_loss(model.to("cuda"), *batch).loss
+    with opened(model, tokenizer, tiny_config(tmp_path, device="cuda", anneal_steps=100)) as run:
+        for _ in range(5):
+            run.advance()
+        assert is_captured(run) and kept.requires_grad
+
+
 @pytest.mark.parametrize("way", WAITS)
 def test_a_step_does_not_wait_for_the_gpu(tmp_path, way):
-    config = tiny_config(tmp_path, device="cuda", base=tiny_base(tmp_path), **WAITS[way])
+    config = tiny_config(tmp_path, device="cuda", base=tiny_base(tmp_path), anneal_steps=100, **WAITS[way])
     with opened(*tiny_diffusion(), config) as run:
         for _ in range(5):  # kernels are compiled and loaded, and the graph is captured
             run.advance()
+        assert is_captured(run) or way == "checkpointed"
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:

@@ -83,9 +83,11 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, mark):
     (tmp_path / "joined.jsonl").write_bytes(mark + lines + b"\n" + mark + b'{"text": "\xef\xbb\xbfmarked"}\n')
     skips = Skips()
     assert list(documents(str(tmp_path / "joined.jsonl"), skips=skips)) == [*TEXTS[:3], "marked"] and not skips.reasons
-    (tmp_path / "a.txt").write_bytes(mark + b"alpha")
-    (tmp_path / "b.md").write_bytes(mark)
-    assert list(documents(str(tmp_path), skips=skips)) == ["alpha"] and skips.reasons == {"empty document": 1}
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes(mark + b"alpha")
+    (folder / "b.md").write_bytes(mark)
+    assert list(documents(str(folder), skips=skips)) == ["alpha"] and skips.reasons == {"empty document": 1}
 
 
 @pytest.mark.parametrize(
@@ -170,7 +172,7 @@ def test_a_file_that_cannot_be_opened_is_skipped_by_its_name(tmp_path, monkeypat
         ("empty", "has no .txt"),
         (
             "folder.jsonl",
-            r"folder .*folder\.jsonl' has no .txt.*; give one of its .jsonl files .*, such as part-0.jsonl",
+            r"give one of the \.jsonl files in .*folder\.jsonl' by its path, such as '.*part-0\.jsonl'",
         ),
     ],
 )
@@ -485,3 +487,31 @@ def test_a_path_may_begin_at_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_lines(tmp_path / "t.jsonl", [{"text": TEXTS[0]}])
     assert list(module.documents("~/t.jsonl")) == [TEXTS[0]]
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (["a.txt", "b.jsonl"], r"holds files of several kinds \(b\.jsonl, a\.txt\); give the one that holds the text"),
+        (["a.md", "b.parquet"], r"holds files of several kinds \(b\.parquet, a\.md\)"),
+        (["b.parquet", "c.jsonl", "README.md"], r"several kinds \(b\.parquet, c\.jsonl\)"),
+        (
+            ["README.md", "LICENSE.txt", "train.jsonl"],
+            r"give one of the \.jsonl files .* by its path, such as '.*train\.jsonl'",
+        ),
+    ],
+)
+def test_a_folder_of_several_kinds_is_refused_and_not_read_in_part(tmp_path, names, message):
+    for name in names:
+        (tmp_path / name).write_text(TEXTS[0])
+    with pytest.raises(ValueError, match=message):
+        list(documents(str(tmp_path)))
+
+
+@pytest.mark.parametrize("start", ["", "\n  ", "\ufeff"])
+def test_a_json_array_is_refused_with_the_way_to_make_lines_of_it(tmp_path, start):
+    (tmp_path / "data.json").write_text(start + json.dumps([{"text": text} for text in TEXTS], indent=1))
+    with pytest.raises(
+        ValueError, match=r"data\.json' is one JSON array; write one object a line \(jq -c '\.\[\]' data"
+    ):
+        list(documents(str(tmp_path / "data.json")))

@@ -230,3 +230,14 @@ def test_a_base_that_is_adapted_on_the_way(tmp_path):
     model, tokenizer = build(config)
     history = train(model, tokenizer, config)
     assert history.series("ratio")[1][0] < 1 == history.series("ratio")[1][-1] and model.config.annealed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_trained_is_in_float32_whatever_the_base_is_in(tmp_path, dtype):
+    model, tokenizer = tiny_diffusion()
+    history = train(model.to(dtype), tokenizer, tiny_config(tmp_path, lora_rank=2, learning_rate=1e-5))
+    assert history.records[-1]["step"] == 12 and {weight.dtype for weight in model.parameters()} == {dtype}
+    adapter = load_file(tmp_path / "runs" / "tiny" / "step-000012" / ADAPTER)
+    assert {weight.dtype for weight in adapter.values()} == {torch.float32}
+    learned = [weight for name, weight in adapter.items() if "lora_B" in name]
+    assert learned and all(0 < weight.abs().max() < 1e-3 for weight in learned)

@@ -384,6 +384,12 @@ def test_the_last_line_of_data_trains_on_the_text(workplace, monkeypatch, capsys
     assert settings["corpus"] == load_corpus(str(path), tiny_tokenizer(), field=field).facts["digest"]
 
 
+def test_a_text_in_the_current_folder_is_named_after_it(workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace / "texts")
+    assert main(["data", ".", "--tokenizer", str(workplace / "base")]) == 0
+    assert "train gpt2 name=texts " in capsys.readouterr().out.splitlines()[-1]
+
+
 @pytest.fixture
 def pairs(workplace):
     """A file of pairs, one of them longer than 40 tokens."""
@@ -402,6 +408,7 @@ def test_data_says_how_many_pairs_fit_and_its_last_line_trains_on_them(workplace
     assert len(rows) == 3 and sum(int(count) for _, count, _ in rows) == 1 + sum(int(fits) for _, _, fits in rows)
     assert "pairs are longer than length=40 and left out, the first one begins 'Return axis" in told
     assert "copies dropped: 1; skipped: 1 empty 'response'" in told
+    assert "in a notebook" not in told  # they read documents
     assert main([*asked, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["fit"] == {split: int(fits) for split, _, fits in rows}
     command = shlex.split(told.splitlines()[-1])

@@ -319,3 +319,17 @@ def test_a_template_that_cannot_be_cut_into_turns_is_named(tmp_path, template, r
 def test_a_prompt_for_a_chat_needs_a_template():
     with pytest.raises(ValueError, match="no chat template"):
         chat_prompt(tiny_tokenizer(), conversation("a"))
+
+
+def test_chat_markup_in_prompts_is_read_as_letters_and_said(tmp_path, capsys):
+    tokenizer = chat_tokenizer()
+    marked = [{"prompt": f"<|im_start|>user\n{number_word(n)}<|im_end|>\n", "response": "yes"} for n in range(30)]
+    source = write_lines(tmp_path / "marked.jsonl", [*marked, *PAIRS])
+    corpus = load_pairs(source, tokenizer, cache=tmp_path)
+    assert corpus.facts["spelled"] == {"<|im_start|>": 30, "<|im_end|>": 30}
+    assert corpus.about_spelled() == (
+        "special tokens named by pairs are read as letters: '<|im_start|>' in 30, '<|im_end|>' in 30; write chats as "
+        "`messages`"
+    )
+    plain = load_pairs(write_lines(tmp_path / "plain.jsonl", PAIRS), tokenizer, cache=tmp_path)
+    assert plain.about_spelled() == ""

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from dalm_utils import annealed_mask, answer_quality, ar_nll, as_diffusion, text_quality
+from dalm_utils import annealed_mask, answer_quality, ar_nll, as_diffusion, by_time, text_quality
 from dalm_utils.backbone import hidden_states
 from dalm_utils.corpus import Blocks
 from dalm_utils.evaluation import standard_error
 from dalm_utils.head import logits_of
 from dalm_utils.pairs import Pairs
-from dalm_utils.quality import infilling
+from dalm_utils.quality import _rouge, infilling
 from dalm_utils.tokens import encode
 from tests.helpers import TEXTS, tiny_diffusion, tiny_model, tiny_tokenizer
 
@@ -169,3 +169,32 @@ def test_an_answer_that_differs_is_scored_by_its_words():
     model, tokenizer = knows_by_heart(torch.tensor([0, *wrong, 0]), diffusion=False)
     quality = answer_quality(model, tokenizer, pairs_of([right], prompts=[1]), precision="fp32")
     assert quality.mean["exact_match"] == 0 and quality.mean["rougeL"] == pytest.approx(3 / 4)
+
+
+@pytest.mark.parametrize(
+    "truth, text, expected",
+    [
+        ("the sum of_all x2", "THE sum, of all x2!", 1.0),  # as rouge-score itself counts
+        ("ete", "été", 0.0),
+        ("Привет мир", "Привет, мир", 1.0),
+        ("答案是42", "错的42", 2 / 7),  # one word in common, of four and of three
+        ("...", "...", math.nan),
+    ],
+)
+def test_words_of_every_alphabet_count(truth, text, expected):
+    assert _rouge([truth], [text], ("rougeL",))["rougeL"][0] == pytest.approx(expected, nan_ok=True)
+
+
+def test_scores_of_blocks_refuse_pairs():
+    model, tokenizer = tiny_diffusion()
+    pairs = pairs_of([torch.arange(1, 15)] * 5, prompts=[3] * 5, length=16)
+    for score in (by_time, infilling):
+        with pytest.raises(ValueError, match=r"this takes blocks of a text, .* not Pairs"):
+            score(model, tokenizer, pairs)
+
+
+def test_answers_end_where_the_positions_of_the_model_do():
+    """Each pair fits, but the longest answer behind the longest prompt would not."""
+    pairs = pairs_of([torch.arange(1, 60), torch.arange(1, 60)], prompts=[50, 9], length=128)
+    for model, tokenizer in (tiny_diffusion(), (tiny_model(vocab=320), tiny_tokenizer())):
+        assert len(answer_quality(model, tokenizer, pairs, precision="fp32").texts) == 2

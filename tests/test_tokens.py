@@ -8,10 +8,20 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-from dalm_utils import as_diffusion, continuation_nelbo, generate, infilling, load_base, save_diffusion, train
+from dalm_utils import (
+    as_diffusion,
+    continuation_nelbo,
+    generate,
+    infilling,
+    load_base,
+    load_corpus,
+    save_diffusion,
+    train,
+)
 from dalm_utils.harness import Responder
 from dalm_utils.tokens import decode, encode, token_ids, tokenizer_digest, unused_ids
 from tests.helpers import END, TEXTS, tiny_config, tiny_model, tiny_tokenizer
+from tests.test_documents import write_lines
 
 
 def bpe(pre_tokenizer, decoder, normalizer=None, texts=TEXTS, size=320, **options):
@@ -241,3 +251,22 @@ def test_without_the_usual_word_mask_starts_as_the_mean_of_the_tokens(make):
     table = model.get_input_embeddings().weight
     assert tokenizer.mask_token_id == 5 and torch.allclose(table[5], table[:5].mean(0))
     assert generate(model, tokenizer, length=4).tokens.max() < 5
+
+
+@pytest.mark.parametrize("name", ["<s>", "</s>", "[MASK]"])
+def test_a_unigram_tokenizer_spells_special_tokens_in_texts_too(tmp_path, name):
+    """Special tokens are pieces of such a vocabulary, and its model would find them."""
+    tokenizer = unigram("always")
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["vocab"] += [[letter, -9.0] for letter in "[MASK]<>/s"]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        bos_token="<s>", eos_token="</s>", unk_token="<unk>", mask_token="[MASK]",
+    )  # fmt: skip
+    special = tokenizer.convert_tokens_to_ids(name)
+    ids = encode(tokenizer, [f"the sum {name} of a{name}b"])[0]
+    assert special not in ids and name in decode(tokenizer, ids)
+    text = write_lines(tmp_path / "t.jsonl", [{"text": f"{text} {name} {text}"} for text in TEXTS])
+    blocks = load_corpus(text, tokenizer, cache=tmp_path).blocks("train", 16)[:]
+    assert (blocks[:, 1:] == special).any() == (name == "<s>")  # which ends the documents
+    assert tokenizer.encode(name, add_special_tokens=False) == [special]  # as before, outside of this project

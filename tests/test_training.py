@@ -678,3 +678,15 @@ def test_a_run_on_the_first_blocks_of_a_text_is_not_resumed_on_sampled_ones(tmp_
     file.write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="train_blocks_are: 'the first' then, 'sampled' now"):
         train(*tiny_diffusion(), config)
+
+
+def test_a_tracker_that_fails_costs_its_figures_and_nothing_else(tmp_path, monkeypatch, capsys):
+    def fail(self, values, step=None, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.log", fail)
+    config = tiny_config(tmp_path, trackers="tensorboard")
+    assert train(*tiny_diffusion(), config).records[-1]["step"] == 12
+    assert (config.folder / "step-000012").is_dir()
+    said = [line for line in capsys.readouterr().err.splitlines() if "trackers failed" in line]
+    assert len(said) == 1 and said[0].endswith("No space left on device); training goes on without them")

@@ -44,11 +44,11 @@ PROMPT = dict(prompt="Return the", length=40, steps=40, top_p=0.9, seed=4)  # wh
 def arms(config: RunConfig, names: tuple[str, ...] = PAIR) -> dict[str, RunConfig]:
     """The arms of an ablation of one run: with and without the shift, with and without annealing, from scratch."""
     changes: dict[str, dict] = {
-        "shift": {},
-        "shift-sudden": dict(anneal_steps=1),
+        "shift": dict(shift=True),
+        "shift-sudden": dict(shift=True, anneal_steps=1),
         "no-shift": dict(shift=False),
         "no-shift-sudden": dict(shift=False, anneal_steps=1),
-        "scratch": dict(scratch=True),
+        "scratch": dict(shift=True, scratch=True),
     }
     return {name: config.replace(**changes[name]) for name in names}
 

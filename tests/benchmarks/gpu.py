@@ -17,6 +17,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -68,13 +69,13 @@ def call(report: Report, *words: str, limit: float = 600, env: dict | None = Non
     begun = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, *words], cwd=PROJECT, env={**os.environ, **(env or {})}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     try:
         said, _ = process.communicate(timeout=limit)
         code: int | str = process.returncode
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # with the kernels and processes that it started
         said, code = process.communicate()[0], "out of time"
     return {"code": code, "seconds": round(time.monotonic() - begun, 1), "said": said}
 
