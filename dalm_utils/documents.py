@@ -47,6 +47,7 @@ SKIP_FRACTION = 0.01
 LONGEST_LINE = 4 * 2**20  # bytes; a longer one is damaged or no document, and tokenising takes 130 times its size
 ROWS = 1000  # of a parquet file, held at once
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # the first bytes of such a file
+AN_ARRAY = "a JSON array; write one object a line (jq -c '.[]' FILE > lines.jsonl)"
 RULES = 2  # of reading files and hubs: raise it when the same source gives other documents, and all is prepared anew
 
 
@@ -206,10 +207,9 @@ def _numbered_lines(path: Path) -> Iterator[tuple[str, int, bytes]]:
     with path.open("rb") as file:
         if file.peek(2)[:2] in UTF_16:
             raise ValueError(f"{str(path)!r} is UTF-16, not UTF-8; convert it (iconv -f UTF-16 -t UTF-8)")
-        if file.peek(1000).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-            raise ValueError(
-                f"{str(path)!r} is one JSON array; write one object a line (jq -c '.[]' {path.name} > lines.jsonl)"
-            )
+        start = file.peek(100).removeprefix(codecs.BOM_UTF8).lstrip()
+        if start.startswith(b"[\n") or (start.startswith(b"[") and _ending(path) == ".json"):
+            raise ValueError(f"{str(path)!r} is {AN_ARRAY}")
         for number in itertools.count(1):
             line = rest = file.readline(LONGEST_LINE + 1)
             if not line:
@@ -286,6 +286,8 @@ def _parse_json(raw: bytes) -> dict:
         record = json.loads(text)
     except (ValueError, RecursionError):  # a number of more than 4,300 digits is a ValueError
         raise ValueError("not JSON") from None
+    if isinstance(record, list):
+        raise ValueError(AN_ARRAY)
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     return record

@@ -82,18 +82,22 @@ def _plain(text: str) -> str:
 
 # -------------------------------------------------------------------------------------------------- curves
 class Live:
-    """A loss curve that redraws itself while `train` or `train_arms` runs: `train(..., on_log=Live())`."""
+    """A loss curve that redraws itself while `train` or `train_arms` runs: `train(..., on_log=Live())`.
 
-    def __init__(self, every: float = 2.0):
-        self.every, self.drawn, self.handle = every, -math.inf, None  # seconds between two drawings
+    Args:
+        fraction: of the time that may be spent on drawing; evaluations and events are always drawn.
+    """
+
+    def __init__(self, fraction: float = 0.03):
+        self.fraction, self.due, self.handle = fraction, -math.inf, None
 
     def __call__(self, history: History | dict[str, History], config: RunConfig | None = None) -> None:
         histories = history if isinstance(history, dict) else {config.name if config else "run": history}
         last = [history.records[-1] for history in histories.values()]
         worth_waiting = any("nelbo" in record or "event" in record for record in last)
-        if time.monotonic() - self.drawn < self.every and not worth_waiting:
+        begun = time.monotonic()
+        if begun < self.due and not worth_waiting:
             return
-        self.drawn = time.monotonic()
         figure, axis = plt.subplots(figsize=(8, 3.6))
         _draw_loss(axis, histories, evaluated=True)
         one = next(iter(histories.values()))
@@ -108,6 +112,8 @@ class Live:
         else:
             self.handle.update(figure)
         plt.close(figure)
+        ended = time.monotonic()
+        self.due = ended + (ended - begun) * (1 / self.fraction - 1)
 
 
 def curves(histories: dict[str, History], ar_nll: float | None = None, ratio_of: str | None = None) -> None:

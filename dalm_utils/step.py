@@ -77,6 +77,7 @@ class TrainStep:
             {key: group[key] for key in ("lr", "fused", "capturable")} for group in self.adamw.param_groups
         ]
         self.adamw.register_step_pre_hook(self._skip_if_unusable)
+        accelerator.autocast_handler = casting(accelerator, cache=self.replayed is None)
         self.module, self.optimizer = prepare(accelerator, module, self.adamw)
         self.watch = Watch(config.spike, config.max_skips, self.device)
         zeros = torch.zeros(4, device=self.device)
@@ -103,7 +104,7 @@ class TrainStep:
         for index, batch in enumerate(parts):
             is_last = index == len(parts) - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.module):
-                with self.accelerator.autocast(casting(self.accelerator, cache=self.replayed is None)):
+                with self.accelerator.autocast():
                     loss, nll, saturated = self.module(
                         batch, mask, self.teacher if with_teacher else None, self.teacher_weight
                     )
@@ -123,7 +124,7 @@ class TrainStep:
         batch, mask = self.task.draw(step), self.task.attention_mask(step, self.dtype)
         part = next(self._local_parts(batch)).map(self._send)
         self.module.eval()
-        with self.accelerator.autocast(casting(self.accelerator)):
+        with self.accelerator.autocast():
             loss, _, saturated = self.module(part, None if mask is None else self._send(mask), None, None)
         counts = torch.stack([loss, saturated.float(), torch.full_like(loss, part.count)])
         loss, saturated, predictions = self.accelerator.reduce(counts, "sum").tolist()

@@ -138,14 +138,16 @@ def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokenizer]:
     backend = require_backend(tokenizer)
     special, truncation, padding = backend.encode_special_tokens, backend.truncation, backend.padding
     model, plain_model = backend.model, _plain_model(tokenizer, len(tokenizer))
-    backend.model = plain_model or model
+    if plain_model is not None:
+        backend.model = plain_model
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
     try:
         yield backend
     finally:
-        backend.model = model
+        if plain_model is not None:
+            backend.model = model
         backend.encode_special_tokens = special
         if truncation:
             backend.enable_truncation(**truncation)

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import torch
+from accelerate.tracking import GeneralTracker
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -103,7 +104,7 @@ def _opened(arms: dict[str, tuple], resume: str) -> Iterator[dict[str, Run]]:
         if first.config.trackers:
             first.accelerator.init_trackers("trackers")
             for tracker in first.accelerator.trackers:
-                stack.callback(tracker.finish)
+                stack.callback(_finish, tracker)
         for name, run in runs.items():
             run.accelerator.trackers = first.accelerator.trackers
             if run.task.digest != first.task.digest:
@@ -112,6 +113,14 @@ def _opened(arms: dict[str, tuple], resume: str) -> Iterator[dict[str, Run]]:
                     f"{first.config.base!r}), so they would not see the same batches; use bases with one tokenizer"
                 )
         yield runs
+
+
+def _finish(tracker: GeneralTracker) -> None:
+    """Close a tracker; one that fails must not make a finished run look like a failed one."""
+    try:
+        tracker.finish()
+    except Exception as error:
+        print(f"the tracker {tracker.name!r} could not be closed: {first_line(error)}", file=sys.stderr)
 
 
 def _drive(runs: dict[str, Run], report: Callable[[], None] | None) -> None:

@@ -508,10 +508,10 @@ def test_a_folder_of_several_kinds_is_refused_and_not_read_in_part(tmp_path, nam
         list(documents(str(tmp_path)))
 
 
-@pytest.mark.parametrize("start", ["", "\n  ", "\ufeff"])
-def test_a_json_array_is_refused_with_the_way_to_make_lines_of_it(tmp_path, start):
-    (tmp_path / "data.json").write_text(start + json.dumps([{"text": text} for text in TEXTS], indent=1))
-    with pytest.raises(
-        ValueError, match=r"data\.json' is one JSON array; write one object a line \(jq -c '\.\[\]' data"
-    ):
-        list(documents(str(tmp_path / "data.json")))
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+@pytest.mark.parametrize("start", ["", "  ", "\ufeff"])
+def test_a_json_array_is_refused_with_the_way_to_make_lines_of_it(tmp_path, start, name, indent):
+    (tmp_path / name).write_text(start + json.dumps([{"text": text} for text in TEXTS], indent=indent))
+    with pytest.raises(ValueError, match=r"a JSON array; write one object a line \(jq -c '\.\[\]' FILE"):
+        list(documents(str(tmp_path / name), skips=Skips(limit=0)))

@@ -67,11 +67,19 @@ def test_curves_hold_the_recorded_points(shown):
 
 
 def test_the_live_curve_redraws_and_closes_its_figures(shown):
-    live = plots.Live(every=0)
+    live = plots.Live(fraction=1.0)
     for end in (10, 20, 40):
         live(history(40) if end == 40 else History(records=history().records[: end // 5]), RunConfig(name="run"))
     assert len(shown) == 3 and not matplotlib.pyplot.get_fignums()
     assert "sample: costs" in shown[-1].texts[0].get_text()
+
+
+def test_drawing_takes_a_fraction_of_the_time_but_an_evaluation_is_always_drawn(shown):
+    live = plots.Live(fraction=1e-6)
+    record = {"step": 1, "tokens": 100, "loss": 5.0}
+    for changes in ({}, {}, {"nelbo": 5.0, "nelbo_stderr": 0.1}, {}):
+        live(History(records=[record | changes]), RunConfig(name="run"))
+    assert len(shown) == 2
 
 
 def test_quality_panels(shown):
@@ -138,7 +146,7 @@ def test_a_score_of_a_single_block_is_drawn_without_an_error(shown):
 
 
 def test_live_draws_all_arms_in_colours_of_their_own(shown):
-    live = plots.Live(every=0)
+    live = plots.Live(fraction=1.0)
     live({"one": history(), "two": history()})
     axis = shown[0].axes[0]
     labels = axis.get_legend_handles_labels()[1]

@@ -69,6 +69,18 @@ def test_there_is_one_graph_under_the_mask_and_one_without(tmp_path, replays):
     assert replays[first - 1] == "capture"  # a graph is replayed for the step at which it was captured
 
 
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_captured_step_keeps_no_cast_weights(tmp_path, replays, monkeypatch, captured):
+    """Inside the model, too, where accelerate enters autocast once more."""
+    if not captured:
+        monkeypatch.setattr(step, "_why_eager", lambda config, accelerator: "this test compares")
+    keeps = []
+    with opened(*tiny_diffusion(), tiny_config(tmp_path, precision="bf16")) as run:
+        run.model.base_model.register_forward_pre_hook(lambda *_: keeps.append(torch.is_autocast_cache_enabled()))
+        run.train_step(0, 1e-3, 0.0)
+    assert keeps == [not captured]
+
+
 def test_a_batch_beyond_the_capacity_is_computed_exactly(tmp_path, replays, monkeypatch):
     whole = tiny(tmp_path, name="whole", steps=8)[1]
     monkeypatch.setattr("dalm_utils.tasks.MaskedDiffusion.capacity", lambda self, rows: 30)  # of 60 maskable tokens

@@ -681,12 +681,14 @@ def test_a_run_on_the_first_blocks_of_a_text_is_not_resumed_on_sampled_ones(tmp_
 
 
 def test_a_tracker_that_fails_costs_its_figures_and_nothing_else(tmp_path, monkeypatch, capsys):
-    def fail(self, values, step=None, **kwargs):
+    def fail(self, *args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.log", fail)
+    for call in ("log", "finish"):
+        monkeypatch.setattr(f"accelerate.tracking.TensorBoardTracker.{call}", fail)
     config = tiny_config(tmp_path, trackers="tensorboard")
     assert train(*tiny_diffusion(), config).records[-1]["step"] == 12
     assert (config.folder / "step-000012").is_dir()
-    said = [line for line in capsys.readouterr().err.splitlines() if "trackers failed" in line]
-    assert len(said) == 1 and said[0].endswith("No space left on device); training goes on without them")
+    said = [line for line in capsys.readouterr().err.splitlines() if "tracker" in line]
+    assert said[0].endswith("No space left on device); training goes on without them")
+    assert said[1].startswith("the tracker 'tensorboard' could not be closed: ") and len(said) == 2
