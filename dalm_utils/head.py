@@ -101,18 +101,20 @@ class _WeightedNLL(torch.autograd.Function):
                 teacher_hidden, teacher_head, teacher_weight = teaching
                 teacher_probs = _teacher_probs(teacher_hidden[part], mask_id, dtype, teacher_head)  # [m, V'], V' <= V
                 expected = (teacher_probs * logits[:, : teacher_probs.shape[1]]).sum(-1)  # none is -inf yet
+                target_logit = logits.gather(-1, target)[:, 0]
             logits = _forbid(logits, mask_id)
             logits[:, vocab:] = -torch.inf
-            log_total, target_logit = logits.logsumexp(-1, keepdim=True), logits.gather(-1, target)  # [m, 1]
-            nll[part] = (log_total - target_logit)[:, 0]
+            log_p = logits.log_softmax(-1)  # one kernel, where logsumexp makes several passes over memory
+            del logits
+            nll[part] = -log_p.gather(-1, target)[:, 0]
             if teaching is not None:
-                loss[part] = nll[part] + teacher_weight * (target_logit[:, 0] - expected)
+                loss[part] = nll[part] + teacher_weight * (target_logit - expected)
             if needs_grad:
-                grad_logits = logits.sub_(log_total).exp_()  # softmax; the lines below subtract the target
+                grad_logits = log_p.exp_()  # softmax; the lines below subtract the target
                 if teaching is None:
-                    grad_logits.scatter_add_(-1, target, torch.full_like(log_total, -1.0))
+                    grad_logits.scatter_add_(-1, target, grad_logits.new_full(target.shape, -1.0))
                 else:
-                    grad_logits.scatter_add_(-1, target, (teacher_weight - 1.0).to(nll.dtype).expand_as(log_total))
+                    grad_logits.scatter_add_(-1, target, (teacher_weight - 1.0).to(nll.dtype).expand(target.shape))
                     grad_logits[:, : teacher_probs.shape[1]].addcmul_(teacher_probs, teacher_weight, value=-1.0)
                 grad_logits = grad_logits.mul_(weights[part, None]).to(dtype)
                 grad_hidden[part] = grad_logits @ matrix
