@@ -161,9 +161,10 @@ def _plain_model(tokenizer: PreTrainedTokenizerBase, size: int) -> models.Model 
 
     Unigram models find every piece of their vocabulary, and special tokens are among them. Here these have other names.
     """
-    state = json.loads(require_backend(tokenizer).to_str())["model"]
-    if state["type"] != "Unigram":
+    backend = require_backend(tokenizer)
+    if not isinstance(backend.model, models.Unigram):
         return None
+    state = json.loads(backend.to_str())["model"]
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     state["vocab"] = [["\0" * (piece in special) + piece, score] for piece, score in state["vocab"]]
     return Tokenizer.from_str(json.dumps({"version": "1.0", "model": state})).model

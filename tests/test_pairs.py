@@ -321,7 +321,7 @@ def test_a_prompt_for_a_chat_needs_a_template():
         chat_prompt(tiny_tokenizer(), conversation("a"))
 
 
-def test_chat_markup_in_prompts_is_read_as_letters_and_said(tmp_path, capsys):
+def test_chat_markup_in_prompts_is_read_as_letters_and_said(tmp_path):
     tokenizer = chat_tokenizer()
     marked = [{"prompt": f"<|im_start|>user\n{number_word(n)}<|im_end|>\n", "response": "yes"} for n in range(30)]
     source = write_lines(tmp_path / "marked.jsonl", [*marked, *PAIRS])
