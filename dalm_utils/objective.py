@@ -21,13 +21,13 @@ from .head import is_shifted, matmul_dtype, weighted_nll
 
 
 # ------------------------------------------------------------------------------------------------- drawing
-def seeded(seed: int, step: int, purpose: str) -> torch.Generator:
-    """A CPU generator that depends on nothing but its arguments.
+def seeded(seed: int, index: int, purpose: str) -> torch.Generator:
+    """A CPU generator that depends on nothing but its arguments; `index` is a step or an epoch.
 
-    Every draw of a run comes from one of these, so interrupting a run, or changing the number of its processes, does
-    not change its noise (dropout alone is drawn by each process for itself).
+    Every draw of a run comes from one of these, so interrupting a run, or dividing the same global batch among another
+    number of processes, does not change its noise (dropout alone is drawn by each process for itself).
     """
-    digest = hashlib.blake2b(f"{seed}/{step}/{purpose}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}/{index}/{purpose}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
@@ -111,7 +111,7 @@ class Batch:
     weights: Tensor  # [K] float32, 1/t
     normalizer: Tensor  # scalar: the divisor, counted over the global batch
     count: int
-    real: Tensor | None = None  # [B, L] bool: not padding, which nothing attends to; None: there is no padding
+    real: Tensor | None = None  # [B, L] bool: False at padding, which nothing attends to; None: there is no padding
 
     @classmethod
     def of(
@@ -173,22 +173,22 @@ class Batch:
         return dataclasses.replace(self, **{name: change(tensor) for name, tensor in self.tensors().items()})
 
 
-def place_capacity(rows: int, maskable: int, *, stratified: bool, eps: float = 1e-3) -> int:
+def place_capacity(sequences: int, maskable: int, *, stratified: bool, eps: float = 1e-3) -> int:
     """A number of places K that about one draw in 10^9 exceeds, rounded up to a multiple of 256.
 
     The mean number of masked tokens plus six standard deviations. The variance is the sum of the coins',
-    rows * n * E[t(1 - t)], and the times', rows * n^2 * Var(t), divided by rows^2 if the times are stratified.
+    B * n * E[t(1 - t)], and the times', B * n^2 * Var(t), divided by B^2 if the times are stratified.
 
     Args:
-        rows: sequences in the batch.
+        sequences: B, in the batch.
         maskable: n, maskable tokens in each.
         stratified: whether the batch's times are stratified among themselves.
         eps: the smallest time.
     """
-    coins, times = rows * maskable / 6, rows * maskable**2 / 12
-    deviation = math.sqrt(coins + times / (rows**2 if stratified else 1))
-    wanted = rows * maskable * (1 + eps) / 2 + 6 * deviation + 1
-    return 256 * math.ceil(min(wanted, rows * maskable) / 256)
+    coins, times = sequences * maskable / 6, sequences * maskable**2 / 12
+    deviation = math.sqrt(coins + times / (sequences**2 if stratified else 1))
+    wanted = sequences * maskable * (1 + eps) / 2 + 6 * deviation + 1
+    return 256 * math.ceil(min(wanted, sequences * maskable) / 256)
 
 
 # ---------------------------------------------------------------------------------------------------- loss
@@ -197,7 +197,7 @@ class DiffusionLoss:
     """The loss of one batch, in nats."""
 
     loss: Tensor  # scalar with a gradient: sum over places of weight * cross entropy, divided by the normalizer
-    nll: Tensor  # scalar without a gradient: the same with the token alone as target; equals loss without a teacher
+    nll: Tensor  # scalar without a gradient: what `loss` would be without a teacher
     token_nll: Tensor  # [K] -log p of each token to predict, in the order of masked.nonzero()
     num_masked: int
 
@@ -219,16 +219,16 @@ def diffusion_loss(
 ) -> DiffusionLoss:
     """`1/N * sum over sequences of (1/t) * sum over masked i of -log p(x0_i | x_t)`.
 
-    With `normalize="maskable"` N counts the maskable tokens: an unbiased estimate of the negative ELBO
-    per token (arXiv 2406.03736, equation 8). `"masked"` divides by the number of masked tokens, as the code
-    released with arXiv 2410.17891 does; the result is not a bound and depends on the batch size.
+    With `normalize="maskable"` N counts the maskable tokens: an unbiased estimate, but for times below
+    eps, of the negative ELBO per token (arXiv 2406.03736, equation 8). `"masked"` divides by the number of masked
+    tokens, as the code released with arXiv 2410.17891 does; the result is not a bound and depends on the batch size.
 
     Args:
         tokens, noised: `[B, L]` long; masked: `[B, L]` bool; times: `[B]`.
         attention_mask: additive `[1, 1, L, L]` from `annealed_mask`, or None.
         shift: whether the logits at i-1 predict token i; None takes the model's own setting.
         maskable: `[B, L]` bool; by default everything but position 0.
-        real: `[B, L]` bool: not padding; None where there is no padding.
+        real: `[B, L]` bool: False at padding; None where there is no padding.
         teacher, teacher_weight: see `batch_loss`.
 
     Raises:
@@ -243,8 +243,8 @@ def diffusion_loss(
             "start each sequence with a begin token"
         )
     maskable = default_maskable(tokens) if maskable is None else maskable
-    counted = (maskable if normalize == "maskable" else masked).sum().clamp(min=1)
-    batch = Batch.of(tokens, noised, masked, times, counted, real)
+    divisor = (maskable if normalize == "maskable" else masked).sum().clamp(min=1)
+    batch = Batch.of(tokens, noised, masked, times, divisor, real)
     return batch_loss(
         model, batch, attention_mask, shift=shift, teacher=teacher if teacher_weight else None,
         teacher_weight=torch.full((), teacher_weight, device=tokens.device),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-import re
+import textwrap
 import time
 from itertools import cycle
 
@@ -101,12 +101,12 @@ class Live:
         figure, axis = plt.subplots(figsize=(8, 3.6))
         _draw_loss(axis, histories, evaluated=True)
         one = next(iter(histories.values()))
-        speed = one.last("tokens_per_second")
+        speed = one.last("tokens_per_second") if len(histories) == 1 else None
         axis.set_title(f"step {last[0]['step']}" + (f", {speed:,} tokens/s" if speed else ""))
         axis.legend(loc="upper right")
         if sample := one.last("sample"):
-            text = " ".join(sample[:110].split()).replace("$", r"\$")
-            figure.text(0.01, -0.06, "sample: " + text, fontsize=8, family="monospace", color=GREY)
+            text = textwrap.shorten(f"sample: {sample}", 115, placeholder=" ...").replace("$", r"\$")
+            figure.text(0.01, -0.06, text, fontsize=8, family="monospace", color=GREY)
         if self.handle is None:
             self.handle = display(figure, display_id=True)
         else:
@@ -133,7 +133,7 @@ def curves(histories: dict[str, History], ar_nll: float | None = None, ratio_of:
         twin.spines["right"].set_visible(True)
     _draw_nelbo(right, histories, ar_nll, x="step", capsize=3)
     last = next(iter(histories.values())).records[-1]
-    size = f", of {last['tokens'] / last['step']:,.0f} tokens" if last["step"] else ""
+    size = f" ({last['tokens'] / last['step']:,.0f} tokens each)" if last["step"] else ""
     for axis in (left, right):
         axis.set(xlabel=f"optimizer step{size}")
         # below the panel, where no curve runs
@@ -188,7 +188,11 @@ def arms(scores: dict[str, list[float]]) -> None:
         axis.plot(values, [row] * len(values), "o", color=color, alpha=0.45, ms=7)
         axis.errorbar(mean, row, xerr=error, color=color, marker="|", ms=22, mew=2.5, capsize=4)
         axis.annotate(f"{mean:.3f}", (mean, row), (0, 15), textcoords="offset points", ha="center", color=color)
-    axis.set(yticks=range(len(scores)), ylim=(len(scores) - 0.5, -0.7), xlabel="NELBO on held-out text, nats per token")
+    axis.set(
+        yticks=range(len(scores)),
+        ylim=(len(scores) - 0.5, -0.7),
+        xlabel="NELBO on held-out text, nats per token (lower is better)",
+    )
     axis.set_yticklabels(scores)
     axis.grid(False, axis="y")
     _show(figure)
@@ -247,7 +251,7 @@ def worth_against_budget(worth: dict[int, list[float]], what: str) -> None:
 def stability(history: History) -> None:
     """What the checks of a run saw: gradient norms, and whatever else was not zero throughout; red at a rollback."""
     panels = {
-        "largest_norm": "largest gradient norm",
+        "largest_norm": "largest gradient norm in each record",
         "skipped": "skipped steps so far",
         "saturated": "fraction of saturated predictions",
         "loss_scale": "loss scale",
@@ -262,7 +266,7 @@ def stability(history: History) -> None:
         axis.set(title=title, xlabel="optimizer step")
         if key == "skipped":
             axis.locator_params(axis="y", integer=True)
-    axes[0, 0].plot(*history.series("norm_limit"), color=ORANGE, linestyle=":", label="limit of a spike")
+    axes[0, 0].plot(*history.series("norm_limit"), color=ORANGE, linestyle=":", label="beyond this a step is a spike")
     _logarithmic(axes[0, 0])
     figure.legend(*_once(axes[0, 0]), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2)
     _show(figure)
@@ -289,13 +293,13 @@ def quality_vs_passes(rows: list[dict], ar: dict, real: dict) -> None:
     Args:
         rows: dictionaries with order, passes, and the fields of `TextQuality`. Points of one number of passes are drawn
             side by side.
-        ar: the same (without order) for what the AR model wrote: a star.
+        ar: the same, without order, for what the AR model wrote: a star.
         real: the three figures of real text: a line.
     """
     panels = {
         "perplexity": "perplexity under the AR model",
         "entropy": "unigram entropy of a sample (nats)",
-        "repetition": "tokens repeated within 16",
+        "repetition": "fraction of tokens seen in the 16 before",
     }
     orders = list(dict.fromkeys(row["order"] for row in rows))
     ticks: list[int] = []  # at the points, but for those whose labels would overlap
@@ -310,7 +314,16 @@ def quality_vs_passes(rows: list[dict], ar: dict, real: dict) -> None:
             axis.errorbar(
                 beside * passes, means, yerr=errors, fmt="o-", color=color, ms=4, lw=1.2, capsize=2, label=order
             )
-        axis.plot(ar["passes"], ar[key], "*", color="black", ms=12, label="the AR model")
+        axis.errorbar(
+            ar["passes"],
+            ar[key],
+            yerr=ar["stderr"][key],
+            fmt="*",
+            color="black",
+            ms=12,
+            capsize=2,
+            label="the AR model",
+        )
         axis.axhline(real[key], color="black", linestyle=":", label="real text")
         axis.set(xlabel="forward passes", title=title, xscale="log")
         axis.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
@@ -350,8 +363,8 @@ def viewer(samples: Samples, tokenizer, row: int = 0) -> None:
     )
     total = len(samples.history)
     slider = (
-        f"<p style='margin:4px 0'>move the slider: <b id='{key}-n'>0</b> of {total} passes</p>"
-        f"<input type='range' min='0' max='{total}' value='0' style='width:95%' oninput=\"{script}\">"
+        f"<p style='margin:4px 0'>after <b id='{key}-n'>{total}</b> of {total} passes (the lighter, the later)</p>"
+        f"<input type='range' min='0' max='{total}' value='{total}' style='width:95%' oninput=\"{script}\">"
     )
     display(HTML(f"<div>{slider}<pre id='{key}' style='{_PAPER}'>{''.join(spans)}</pre></div>"))
 
@@ -433,18 +446,23 @@ def _paragraph(axis, pieces: list[tuple[str, str]], width: int) -> int:
 
     Each line is drawn once per state, with spaces where the other states are, so that no character leaves its column.
     """
-    lines: list[list[tuple[str, str]]] = [[]]  # of characters and their states
+    lines: list[list[tuple[str, str, str]]] = [[]]  # a character, what is drawn for it, and its state
     for text, state in pieces:
-        for word in re.findall(rf"\n|[^\n]{{1,{width}}}", text):
-            if word == "\n" or len(lines[-1]) + len(word) > width:
+        boxes = BOX * (len(text) - 1) + EDGE
+        for character, box in zip(text, boxes, strict=False):  # an empty text has a box left over
+            if character == "\n" or (character == " " and len(lines[-1]) == width):
                 lines.append([])
-            if word != "\n":
-                shown = BOX * (len(word) - 1) + EDGE if state == "masked" else word
-                lines[-1] += [(character if character.isprintable() else "·", state) for character in shown]
+                continue
+            if len(lines[-1]) == width:  # the word that does not fit begins the next line
+                characters = "".join(known for known, _, _ in lines[-1])
+                begin = characters.rfind(" ") + 1 or width
+                lines[-1:] = [lines[-1][:begin], lines[-1][begin:]]
+            shown = box if state == "masked" else character if character.isprintable() else "·"
+            lines[-1].append((character, shown, state))
     style = dict(family="monospace", fontsize=9, va="center", parse_math=False)
     for number, line in enumerate(lines):
-        for state in dict.fromkeys(state for _, state in line):
-            shown = "".join(character if its == state else " " for character, its in line).rstrip()
+        for state in dict.fromkeys(state for _, _, state in line):
+            shown = "".join(drawn if its == state else " " for _, drawn, its in line).rstrip()
             axis.text(0, -number - 0.42, shown, color=INKS[state], **style)
     axis.set(xlim=(0, width), ylim=(-len(lines) - 0.1, 0.1))
     axis.axis("off")

@@ -1,8 +1,8 @@
 """One run: a model in training, its records and its checkpoints; on one process or many, and the same on all of them.
 
 Everything random in a step is a function of (seed, step), see `step.py`. So a run needs no generator state to be
-resumed, and a run spread over processes sees the noise of a single one (except for dropout, which each process draws
-for itself).
+resumed, and processes that share the same global batch see the noise of a single one (except for dropout, which each
+process draws for itself).
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ class Run:
 
         record, trouble = self._progress(norm, rate) if log else ({}, None)
         if evaluate or save:
-            self.folder.wait()  # host memory holds the copies of one step, not of several
+            self.folder.wait()  # so that host memory holds the copies of one step, not of several
         if evaluate and trouble is None:
             scores, trouble = self._evaluate()
             record |= scores
@@ -292,8 +292,8 @@ class Run:
         stability, trouble = self.watch.read(self._saturated(), scaler.get_scale() if scaler else None)
         if trouble is None and self.watch.skipped_in_a_row() >= self.total:
             trouble = "every step was skipped"
-        loss = self.accelerator.reduce(self.train_step.loss, "mean").item() / self.window_steps
-        self.train_step.loss.zero_()
+        loss = self.accelerator.reduce(self.train_step.nll_sum, "mean").item() / self.window_steps
+        self.train_step.nll_sum.zero_()
         self.window_steps = 0
         figures = {
             "loss": finite(loss),
@@ -371,7 +371,7 @@ class Run:
         history = History(records=list(self.history.records))
         state = {name: getattr(self, name) for name in SAVED}
         state["anneals"] = self.task.anneals
-        state["window_loss"] = accelerator.reduce(train_step.loss, "mean").item()
+        state["window_loss"] = accelerator.reduce(train_step.nll_sum, "mean").item()
         state["watch"] = self.watch.state()
         state["watch"]["saturated"] = self._saturated()
         state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
@@ -432,7 +432,7 @@ class Run:
             self.task.anneals = state.get("anneals", self.task.anneals)
             load_optimizer(self.train_step.module, self.train_step.adamw, checkpoint / "optimizer.pt")
             self.train_step.reset()
-            self.train_step.loss.fill_(state["window_loss"])
+            self.train_step.nll_sum.fill_(state["window_loss"])
             self.watch.load(state["watch"])
             self.watch.values["saturated"].div_(self.accelerator.num_processes)  # its sum over all of them was saved
             if state["scaler"] and self.accelerator.scaler:
@@ -479,7 +479,7 @@ def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, conf
 
 
 def saves_in_background(accelerator: Accelerator) -> bool:
-    """Whether a run trains on while checkpoints are written. On a CPU the copies would cost what that saves."""
+    """Whether training goes on while a checkpoint is written. On a CPU the copies would cost what that saves."""
     return accelerator.device.type == "cuda" and accelerator.distributed_type == DistributedType.NO
 
 

@@ -48,7 +48,7 @@ class TrainStep:
 
     Attributes:
         watch: decides which steps to skip, and counts them; replaced by `reset`.
-        loss: the loss without a teacher, summed over the steps since the last record, on the device.
+        nll_sum: the loss without a teacher, summed over the steps since the last record, on the device.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class TrainStep:
             gc.collect()  # reference cycles keep the graphs and the optimizers of earlier runs in this process
             torch.cuda.reset_peak_memory_stats(self.device)
         module = Loss(self.model if is_sharded(accelerator) else self.model.to(self.device))
-        self.adamw = _adamw(self.model, config, capturable=self.device if self.replayed else None)
+        self.adamw = _adamw(self.model, config, graph_device=self.device if self.replayed else None)
         self._own_settings = [
             {key: group[key] for key in ("lr", "fused", "capturable")} for group in self.adamw.param_groups
         ]
@@ -81,19 +81,19 @@ class TrainStep:
         self.module, self.optimizer = prepare(accelerator, module, self.adamw)
         self.watch = Watch(config.spike, config.max_skips, self.device)
         zeros = torch.zeros(4, device=self.device)
-        self.loss, self.norm, self.unusable, self.teacher_weight = zeros.unbind()
+        self.nll_sum, self.norm, self.unusable, self.teacher_weight = zeros.unbind()
 
     def __call__(self, step: int, learning_rate: float, teacher_weight: float) -> Tensor:
         """Take step `step` (from 0); returns its gradient norm, a scalar on the device that the next step overwrites.
 
         Args:
-            teacher_weight: of the teacher's prediction in the target, in [0, 1]; the token itself has the rest.
+            teacher_weight: of the teacher's prediction in the target, in [0, 1]; the token itself gets the rest.
         """
         batch = self.task.draw(step)  # the tokens of all processes, their times, and which of them are masked
         mask = self.task.attention_mask(step, self.dtype)  # [1, 1, L, L], or None once every edge is open
         self._set_learning_rate(learning_rate)
         self.teacher_weight.fill_(teacher_weight)
-        self.watch.count(0, batch.count)  # predictions of all processes
+        self.watch.count(saturated=0, predictions=batch.count)  # of all processes
         seed_dropout(seeded(self.config.seed, step, f"dropout {self.accelerator.process_index}"), self.device)
         self.module.train()
         self._run(list(self._local_parts(batch)), mask, with_teacher=teacher_weight > 0)
@@ -108,12 +108,12 @@ class TrainStep:
                     loss, nll, saturated = self.module(
                         batch, mask, self.teacher if with_teacher else None, self.teacher_weight
                     )
-                self.accelerator.backward(loss * self.accelerator.num_processes)  # processes average their gradients
-            self.loss.add_(nll * self.accelerator.num_processes)
-            self.watch.count(saturated, 0)  # of this process; they are summed when they are read
+                self.accelerator.backward(loss * self.accelerator.num_processes)  # their gradients are averaged
+            self.nll_sum.add_(nll * self.accelerator.num_processes)
+            self.watch.count(saturated, predictions=0)  # of this process; summed over all of them when read
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.config.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self.unusable.copy_(self.watch.judge(norm))
+        self.unusable.copy_(self.watch.judge(norm))  # if set, the optimizer skips the step: `_skip_if_unusable`
         self.norm.copy_(norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -134,7 +134,7 @@ class TrainStep:
         """Discard statistics, gradients and graphs, after weights or optimizer state were loaded."""
         config = self.config
         self.watch = Watch(config.spike, config.max_skips, self.device)
-        self.loss.zero_()
+        self.nll_sum.zero_()
         self.optimizer.zero_grad()
         for group, fresh in zip(self.adamw.param_groups, self._own_settings, strict=True):
             group.update(fresh)  # a checkpoint has those of the machine that wrote it
@@ -155,7 +155,7 @@ class TrainStep:
             )
 
     def _local_parts(self, batch: Batch) -> Iterator[Batch]:
-        """This process's rows of each forward pass: over all processes and passes, each row of the batch once."""
+        """This process's rows, one part for each forward pass. All parts of all processes are the batch."""
         size, accelerator = self.config.batch, self.accelerator
         for part in range(self.config.accumulate):
             start = (part * accelerator.num_processes + accelerator.process_index) * size
@@ -179,7 +179,7 @@ class TrainStep:
         """Undo a capture that failed halfway."""
         self.optimizer.zero_grad()
         if self.accelerator.scaler is not None:
-            self.accelerator.scaler._per_optimizer_states.clear()  # else it takes gradients to be unscaled
+            self.accelerator.scaler._per_optimizer_states.clear()  # else it believes that they are unscaled already
 
 
 def _why_eager(config: RunConfig, accelerator: Accelerator) -> str | None:
@@ -195,12 +195,13 @@ def _why_eager(config: RunConfig, accelerator: Accelerator) -> str | None:
     return None if config.cuda_graph else "cuda_graph is off"
 
 
-def _adamw(model: nn.Module, config: RunConfig, capturable: torch.device | None) -> torch.optim.AdamW:
+def _adamw(model: nn.Module, config: RunConfig, graph_device: torch.device | None) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    rate = torch.tensor(config.learning_rate, device=capturable) if capturable else config.learning_rate
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, config.beta2), fused=True, capturable=capturable is not None)
+    capturable = graph_device is not None
+    rate = torch.tensor(config.learning_rate, device=graph_device) if capturable else config.learning_rate
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, config.beta2), fused=True, capturable=capturable)
 
 
 def _set_dropout(model: nn.Module, rate: float) -> None:

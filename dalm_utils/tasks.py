@@ -29,7 +29,7 @@ class Sequences(NamedTuple):
 
     tokens: Tensor  # long
     maskable: Tensor  # bool: may be predicted
-    counted: Tensor  # bool: the loss is divided by how many there are
+    counted: Tensor  # bool: counted in the divisor of the loss
     real: Tensor | None = None  # bool: not padding; None: there is no padding
 
 
@@ -56,7 +56,7 @@ class Task:
     ):
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.global_batch = config.batch * config.accumulate * processes
-        self.anneals = self.denoises and not getattr(model.config, "annealed", False)  # open stays open
+        self.anneals = self.denoises and not getattr(model.config, "annealed", False)  # an open mask stays open
         self.check()
         self.load()
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
@@ -80,7 +80,7 @@ class Task:
         self.held_out = corpus.blocks("validation", config.length, config.eval_blocks)
         self.digest = corpus.facts["digest"]
 
-    def rows(self, step: int) -> list[int]:
+    def block_indices(self, step: int) -> list[int]:
         """The training blocks in the global batch of a step; every epoch is in a new random order."""
         return [self._block_at(step * self.global_batch + i) for i in range(self.global_batch)]
 
@@ -92,20 +92,20 @@ class Task:
 
     def sequences(self, step: int) -> Sequences:
         """What the batch of a step is made of."""
-        tokens = self.train[self.rows(step)]
+        tokens = self.train[self.block_indices(step)]
         maskable = default_maskable(tokens)
         return Sequences(tokens, maskable, maskable)
 
     def draw(self, step: int) -> Batch:
-        """The global batch of a step, on the CPU: a function of seed and step, whatever the number of processes."""
+        """The global batch of a step, on the CPU: a function of seed, step and global batch size alone."""
         raise NotImplementedError
 
-    def capacity(self, rows: int) -> int:
+    def capacity(self, sequences: int) -> int:
         """A number of places K that is enough for nearly every draw of this many sequences."""
-        return 256 * -(-rows * (self.config.length - 1) // 256)
+        return 256 * -(-sequences * (self.config.length - 1) // 256)
 
     def ratio(self, step: int) -> float:
-        """The fraction of look-ahead edges that is open in a step."""
+        """The fraction of look-ahead edges that is open in a step of a task that denoises."""
         return anneal_ratio(step, self.config.anneal_steps) if self.anneals else 1.0
 
     def attention_mask(self, step: int, dtype: torch.dtype) -> Tensor | None:
@@ -140,9 +140,10 @@ class MaskedDiffusion(Task):
         counted = masked if config.normalize == "masked" else counted
         return Batch.of(tokens, noised, masked, times, counted.sum().clamp(min=1), real)
 
-    def capacity(self, rows: int) -> int:
-        stratified = self.config.times == "stratified" and rows == self.global_batch
-        return place_capacity(rows, self.most_maskable, stratified=stratified, eps=self.config.eps)
+    def capacity(self, sequences: int) -> int:
+        # the times of a whole batch are stratified, not those of a part of it
+        stratified = self.config.times == "stratified" and sequences == self.global_batch
+        return place_capacity(sequences, self.most_maskable, stratified=stratified, eps=self.config.eps)
 
     @property
     def most_maskable(self) -> int:
@@ -193,7 +194,7 @@ class OnPairs(Task):
         self.notes = tuple(filter(None, (corpus.about_spelled(), *dropped)))
 
     def sequences(self, step: int) -> Sequences:
-        tokens, answers, real = self.train[self.rows(step)]
+        tokens, answers, real = self.train[self.block_indices(step)]
         return Sequences(tokens, answers, answers, real)
 
 
@@ -212,7 +213,7 @@ class Finetuning(OnPairs, MaskedDiffusion):
             raise ValueError(f"finetuning on pairs has no teacher, but distill={self.config.distill}; set distill=0")
 
     def sequences(self, step: int) -> Sequences:
-        tokens, answers, real = self.train[self.rows(step)]
+        tokens, answers, real = self.train[self.block_indices(step)]
         room = self.train.longest_answer - answers.sum(1)  # [G]
         draws = torch.rand(len(tokens), generator=seeded(self.config.seed, step, "ends"))
         end = real.sum(1) + (draws * (room + 1)).long()
@@ -233,9 +234,8 @@ class NextTokenFinetuning(OnPairs, NextToken):
     """Predict every token of an answer from those before it: ordinary finetuning of an AR model, to compare with."""
 
     def attention_mask(self, step: int, dtype: torch.dtype) -> Tensor | None:
-        return annealed_mask(
-            self.config.length, 0.0, dtype=dtype
-        )  # an explicit mask for padding replaces the model's causal one
+        # Padding needs an explicit mask, and that replaces the model's own causal one.
+        return annealed_mask(self.config.length, 0.0, dtype=dtype)
 
 
 TASKS: dict[str, type[Task]] = {  # by `RunConfig.objective`

@@ -1,4 +1,4 @@
-"""The one training loop: adapts, trains from scratch, and (objective="ar") makes the AR bases too."""
+"""The one training loop, for every objective: one run, or several in turns."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ def train(
 
     Interrupting (Ctrl-C, the stop button, SIGTERM) finishes the step, writes a checkpoint and returns, with the signal
     in `History.stopped_by`; a second Ctrl-C does not wait. Called again with the same config, training resumes there,
-    exactly as if it had not been interrupted. A finished run continues when it is given more steps: the cosine then
-    ends at the new last step. A diffusion model whose mask has opened is trained further without closing it.
+    as if it had not been interrupted: on a CPU bit for bit, on a GPU to rounding. A finished run continues when it is
+    given more steps: the cosine then ends at the new last step. A diffusion model whose mask has opened is trained
+    further without closing it.
     Under `accelerate launch` the same call is one of many processes.
 
     With `lora_rank` the model has adapters while it is trained. At the end, however that comes, they are merged, and it
@@ -54,8 +55,8 @@ def train(
     Raises:
         ValueError: the earlier run of that name had another config (the difference is spelled out), the
             model does not fit, or the text has too few tokens.
-        RuntimeError: another process is writing to the same run, one of this run's own has died, the last checkpoint
-            could not be written, or the run is numerically unstable (`Unstable`) and rolling back did not help.
+        RuntimeError: another process is writing to the same run, another process of this run has died, the last
+            checkpoint could not be written, or the run is unstable (`Unstable`) and rolling back did not help.
     """
     with _opened({config.name: (model, tokenizer, config)}, resume) as runs:
         run = runs[config.name]
@@ -142,7 +143,7 @@ def _drive(runs: dict[str, Run], report: Callable[[], None] | None) -> None:
                 if first.accelerator.num_processes == 1:  # several would have to agree to write a checkpoint
                     _save(runs)
                 raise
-            # Agreeing takes communication, so several processes do it every few rounds, the same ones on each.
+            # Agreeing takes communication, so several processes do it every few rounds, all of them in the same.
             if first.accelerator.num_processes == 1 or rounds % first.config.log_every == 0:
                 stopped = any_process(first.accelerator, bool(asked))
         _save(runs)

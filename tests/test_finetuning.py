@@ -70,7 +70,7 @@ def test_only_answers_and_what_ends_them_are_predicted(tmp_path, objective):
     model = tiny_diffusion()[0] if objective == "finetune" else tiny_model(vocab=len(tokenizer))
     task = task_of(pairs_config(tmp_path, objective=objective, batch=8), model, tokenizer)
     for step in range(20):
-        rows, batch = task.train[task.rows(step)], task.draw(step)
+        rows, batch = task.train[task.block_indices(step)], task.draw(step)
         prompts = rows.real & ~rows.answers
         assert torch.equal(batch.noised[prompts], batch.tokens[prompts])
         assert not prompts.flatten()[batch.places].any() and batch.real.flatten()[batch.places].all()
@@ -86,7 +86,7 @@ def test_an_answer_goes_on_with_end_tokens_up_to_the_longest_answer(tmp_path):
     task = task_of(pairs_config(tmp_path, batch=8))
     gaps = []
     for step in range(200):
-        rows, (tokens, maskable, counted, real) = task.train[task.rows(step)], task.sequences(step)
+        rows, (tokens, maskable, counted, real) = task.train[task.block_indices(step)], task.sequences(step)
         extra = maskable & ~rows.answers
         assert torch.equal(counted, rows.answers) and torch.equal(real, rows.real | extra)
         assert (tokens[extra] == task.tokenizer.bos_token_id).all()
@@ -159,7 +159,7 @@ def test_a_prompt_is_read_and_never_scored(tmp_path):
     """The loss depends on what a model reads in a prompt, and not on which tokens the prompt has."""
     model, tokenizer = tiny_diffusion()
     task = task_of(pairs_config(tmp_path, batch=8), model, tokenizer)
-    batch, rows = task.draw(30), task.train[task.rows(30)]
+    batch, rows = task.draw(30), task.train[task.block_indices(30)]
     prompts = rows.real & ~rows.answers
     prompts[:, 0] = False
     before = batch_loss(model, batch)

@@ -63,7 +63,7 @@ def test_curves_hold_the_recorded_points(shown):
     left, right, *_ = shown[0].axes
     assert list(left.lines[0].get_ydata()) == history().series("loss")[1]
     assert any(2.5 in line.get_ydata() for line in right.lines) and list(right.lines[0].get_ydata()) == [4.0, 3.0]
-    assert left.get_xlabel() == right.get_xlabel() == "optimizer step, of 100 tokens"
+    assert left.get_xlabel() == right.get_xlabel() == "optimizer step (100 tokens each)"
 
 
 def test_the_live_curve_redraws_and_closes_its_figures(shown):
@@ -89,9 +89,9 @@ def test_quality_panels(shown):
         for order in ("random", "confidence") for passes in (8, 4)
     ]  # fmt: skip
     figures = dict(perplexity=20, entropy=3.5, distinct_2=1, repetition=0.1)
-    plots.quality_vs_passes(rows, {"passes": 95, **figures}, figures)
+    plots.quality_vs_passes(rows, {"passes": 95, **figures, "stderr": dict.fromkeys(figures, 0.5)}, figures)
     for axis in shown[0].axes:
-        assert axis.get_legend_handles_labels()[1].count("random") == 1 and len(axis.containers) == 2
+        assert axis.get_legend_handles_labels()[1].count("random") == 1 and len(axis.containers) == 3
     drawn = shown[0].axes[0].containers[0]
     assert list(drawn.lines[0].get_xdata()) == pytest.approx([4, 8], rel=0.05)  # by passes, whatever the rows' order
     assert [list(bar[:, 1]) for bar in drawn.lines[2][0].get_segments()] == [[23.0, 27.0], [10.5, 14.5]]
@@ -196,7 +196,7 @@ def test_the_stability_panel_marks_where_a_run_went_back(shown, scale):
     }
     plots.stability(History(records=[*records, back, {"step": 25, "event": "finished: no better NELBO"}]))
     axes = shown[0].axes
-    titles = ["largest gradient norm", "skipped steps so far", *(["loss scale"] if scale else [])]
+    titles = ["largest gradient norm in each record", "skipped steps so far", *(["loss scale"] if scale else [])]
     assert [axis.get_title() for axis in axes] == titles  # no panel of zeros: nothing was saturated
     assert list(axes[0].lines[0].get_xdata()) == [5, 10, 20, 25]
     assert list(axes[1].lines[0].get_ydata()) == [0, 1, 1, 2, 2]
@@ -245,6 +245,15 @@ def test_restored_text_colours_right_and_wrong_tokens_in_their_columns(shown):
         ("               [␣old]", plots.GREY),
         ("of $x$", "#111111"),
     ]
+
+
+def test_a_word_is_moved_to_the_next_line_whole_unless_it_is_wider_than_a_line(shown):
+    texts = ["hetero", "gen", "eous data", " ", "and unbreakable"]
+    tokenizer = SimpleNamespace(decode=lambda ids: texts[ids[0]])
+    tokens = torch.arange(len(texts))
+    plots.restored_text(tokenizer, tokens, tokens, torch.zeros(len(texts), dtype=torch.bool), width=9)
+    lines = [text.get_text() for text in shown[0].axes[0].texts]
+    assert lines == ["heterogen", "eous data", "and", "unbreakab", "le"]
 
 
 def test_the_figure_by_time_shows_both_models_and_the_paired_gain(shown):

@@ -35,7 +35,7 @@ def replays(monkeypatch):
 
 
 def _without_capturable(make):
-    return lambda model, config, capturable: make(model, config, None)
+    return lambda model, config, graph_device: make(model, config, None)
 
 
 def tiny(folder, **changes):
