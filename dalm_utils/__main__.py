@@ -226,28 +226,18 @@ def _add_sample(commands) -> None:
     command.add_argument("--chat", action="store_true", help="the prompt is a user's message to a chat model")
     command.add_argument("--length", type=int, default=64, help="tokens to generate (default: 64)")
     command.add_argument("--steps", type=int, help="denoising steps; by default one for each token")
-    command.add_argument(
-        "--order", default="confidence",
-        help="random, first_hitting, remasking, confidence (the default), entropy, margin, or threshold",
-    )  # fmt: skip
+    orders = "random, first_hitting, remasking, confidence (the default), entropy, margin, or threshold"
+    command.add_argument("--order", default="confidence", help=orders)
     command.add_argument("--threshold", type=float, default=0.9, help="the probability that --order threshold asks for")
     command.add_argument(
-        "--remask", type=float, default=0.05, help="the probability that --order remasking hides a token again"
+        "--remask", type=float, default=0.05, help="how probably --order remasking hides a token again"
     )
     command.add_argument(
-        "--block-length",
-        type=int,
-        default=32,
-        metavar="N",
-        help="generate from left to right in blocks of N tokens (default: 32)",
+        "--block-length", type=int, default=32, metavar="N", help="fill N tokens after N (default: 32)"
     )
-    command.add_argument(
-        "--cache", action="store_true", help="compute only the block in work: faster, an approximation"
-    )
+    command.add_argument("--cache", action="store_true", help="compute one block at a time: faster, an approximation")
     command.add_argument("--refresh", type=int, metavar="N", help="with --cache: compute everything at every Nth pass")
-    command.add_argument(
-        "--temperature", type=float, default=0.8, help="0 takes the most probable token (default: 0.8)"
-    )
+    command.add_argument("--temperature", type=float, default=0.8, help="0: the most probable token (default: 0.8)")
     command.add_argument("--top-p", type=float, help="sample from the fewest tokens with this probability together")
     command.add_argument("--top-k", type=int, help="sample from this many most probable tokens")
     command.add_argument("--repetition-penalty", type=float, default=1.2, help="1 is none (default: 1.2)")
@@ -322,14 +312,14 @@ def _evaluate(options: argparse.Namespace) -> None:
     base, base_name = _load_base_of(options, origin, model, tokenizer, judge)
     corpus = load_corpus(options.text, tokenizer, field=options.field)
     blocks = corpus.blocks(options.split, options.length, options.blocks)
-    kind, figures = _likelihood_figures(model, tokenizer, blocks, options.samples)
-    if options.infill:
-        figures |= _infilling_figures(model, tokenizer, blocks, options.infill)
+
+    def score(scored) -> tuple[str, dict]:
+        kind, figures = _likelihood_figures(scored, tokenizer, blocks, options.samples)
+        return kind, figures | (_infilling_figures(scored, tokenizer, blocks, options.infill) if options.infill else {})
+
+    kind, figures = score(model)
     if base is not None:
-        beside = _likelihood_figures(base, tokenizer, blocks, options.samples)[1]
-        if options.infill:
-            beside |= _infilling_figures(base, tokenizer, blocks, options.infill)
-        figures |= {"base": base_name} | {f"base_{name}": value for name, value in beside.items()}
+        figures |= {"base": base_name} | {f"base_{name}": value for name, value in score(base)[1].items()}
     if options.quality:
         figures |= _quality_figures(model, tokenizer, blocks, judge, options)
     _show(options, kind, f"{len(blocks)} {options.split} blocks of {options.length} tokens", len(blocks), figures)
@@ -346,8 +336,7 @@ def _evaluate_pairs(options: argparse.Namespace, model, tokenizer) -> None:
     pairs = corpus.pairs(options.split, options.length, options.blocks)
     kind, figures = _likelihood_figures(model, tokenizer, pairs, options.samples)
     quality = answer_quality(model, tokenizer, pairs, progress=True)
-    for name, mean in quality.mean.items():
-        figures |= {name: mean, f"{name}_stderr": quality.stderr[name]}
+    figures |= _with_errors("", quality.mean, quality.stderr)
     _show(options, f"conditional {kind}", f"{len(pairs)} {options.split} pairs", len(pairs), figures)
     dropped = pairs.about_dropped(tokenizer, options.split)
     if dropped:
@@ -382,12 +371,14 @@ def _complete(options: argparse.Namespace, origin: dict, model) -> None:
     Raises:
         ValueError: blocks that are too short for what is asked, found before anything is scored.
     """
+    from .backbone import max_length
+
     if options.text is None:
         options.text = origin.get("text", "docstrings")
         options.field = options.field or origin.get("field")
     options.field = options.field or "text"
     if options.length is None:
-        options.length = min(origin.get("length", 256), getattr(model.config, "max_position_embeddings", 256))
+        options.length = min(origin.get("length", 256), max_length(model))
     if options.infill and options.infill > options.length - 3:
         raise ValueError(f"--infill {options.infill} needs --length {options.infill + 3}, got {options.length}")
     if options.quality and options.length < 3:
@@ -436,9 +427,12 @@ def _infilling_figures(model, tokenizer, blocks, gap: int) -> dict:
     from .quality import infilling
 
     quality = infilling(model, tokenizer, blocks, gap=gap, progress=True)
-    means, errors = quality.mean, quality.stderr
-    scores = {f"infill_{name}{end}": d[name] for name in means for end, d in (("", means), ("_stderr", errors))}
-    return {"infill_gap": gap, **scores}
+    return {"infill_gap": gap, **_with_errors("infill_", quality.mean, quality.stderr)}
+
+
+def _with_errors(prefix: str, means: dict, errors: dict) -> dict:
+    """Figures, each followed by its standard error."""
+    return {f"{prefix}{name}{end}": of[name] for name in errors for end, of in (("", means), ("_stderr", errors))}
 
 
 def _load_judge(options: argparse.Namespace, origin: dict, model, tokenizer):
@@ -499,8 +493,7 @@ def _quality_figures(model, tokenizer, blocks, judge, options) -> dict:
     figures = {"judge": options.judge}
     for name, tokens in (("written", written), ("held_out", held_out)):
         quality = text_quality(judge, tokenizer, tokens)
-        for measure, error in quality.stderr.items():
-            figures |= {f"{name}_{measure}": getattr(quality, measure), f"{name}_{measure}_stderr": error}
+        figures |= _with_errors(f"{name}_", vars(quality), quality.stderr)
     return figures
 
 
@@ -558,7 +551,7 @@ def _describe(facts: dict) -> list[str]:
     """A corpus in a few lines: how much there is of it, and what was left out."""
     megabytes = sum(facts["bytes"].values()) / 1e6
     lines = [f"{facts['name']}: {megabytes:.1f} MB of text"]
-    if facts.get("seconds"):  # unknown where an earlier version prepared it
+    if facts.get("seconds"):  # 0 where nothing could be measured
         lines[0] += f", prepared in {facts['seconds']:.0f} s ({megabytes / facts['seconds']:.2f} MB/s)"
     lines += [f"{'':12}{'documents':>12}{'tokens':>16}{'MB':>10}"]
     for split, tokens in facts["tokens"].items():

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .checkpoint import first_line
 from .hubs import PATIENCE
 
 FIELD = "article"  # holds the text
@@ -73,7 +74,7 @@ class ArxivSet:
     def unreachable(self, error: Exception) -> ConnectionError:
         """What to tell when the hub does not give the files: what was tried, and what else works."""
         others = " or ".join(f"text='arxiv@{hub}'" for hub in HUBS if hub != self.hub)
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        reason = first_line(error)
         return ConnectionError(
             f"no arXiv articles from {self.hub}: tried the parquet files of {self.id!r}, revision {self.revision}: "
             f"{reason}. Instead, try {others}; or name a file with one JSON object a line and a field {FIELD!r} "

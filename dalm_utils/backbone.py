@@ -32,7 +32,14 @@ from .tokens import add_mask, begin_id, encode, is_special, require_backend, tok
 transformers.logging.disable_progress_bar()  # weights of this size load and save in a moment
 
 LARGE_LOGIT = 1e3  # well beyond any soft cap, and within float16
-MASK_INIT_WORD = " the"  # [MASK] starts as a copy of it: common, and it says little about its neighbours
+MASK_INIT_WORD = " the"  # [MASK] starts as a copy of it: common, and it says little about its neighbors
+MODEL_ERRORS = (
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)  # of a model that is fed what it lacks
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")  # settings that limit what a layer sees
 
 
@@ -50,7 +57,7 @@ def load_base(
     Weights are read from safetensors or GGUF and never from pickles; a repository's own code is never run.
 
     Args:
-        name: a model that ships in checkpoints/base, a local folder, a .gguf file (its quantised weights are
+        name: a model that ships in checkpoints/base, a local folder, a .gguf file (its quantized weights are
             unpacked into `dtype`), or a hub id, with a revision as in "gpt2@main".
         hub: "auto" looks on this machine first and then asks Hugging Face; "huggingface", "modelscope" and
             "local" say where to look.
@@ -429,13 +436,7 @@ def _check_head(model: PreTrainedModel, tokens: Tensor, mask: Tensor, hidden: Te
 def _try_hidden_states(model: PreTrainedModel, tokens: Tensor, mask: Tensor | None) -> Tensor:
     try:
         return hidden_states(model, tokens, mask).float()
-    except (
-        AttributeError,
-        IndexError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:  # different models raise different errors
+    except MODEL_ERRORS as error:
         kind = "an additive [1, 1, L, L] attention mask" if mask is not None else "no attention mask"
         raise ValueError(f"{type(model).__name__} does not work with {kind}: {error}") from error
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from .backbone import eval_mode, hidden_states, predicting_states
+from .backbone import MODEL_ERRORS, eval_mode, hidden_states, predicting_states
 from .head import is_shifted
 from .machine import send
 
@@ -70,18 +70,16 @@ class BlockPass(FullPass):
         block = self.blocks[rows, columns][counts.cumsum(0) - counts]  # [A]: of each sequence's first place
         stale = (block != self.block[active]) | (self.age[active] >= self.refresh)
         self.block[active], self.age[active] = block, torch.where(stale, 1, self.age[active] + 1)
-        hidden, sources, offset = [], torch.empty_like(rows), 0
-        for chosen, start, width in (
-            (stale, torch.zeros_like(active), self.canvas.shape[1]),
-            (~stale, self.starts[active, block], self.width),
-        ):
+        start = torch.where(stale, 0, self.starts[active, block])  # [A]: of the positions that are computed
+        windows, first, done = [], torch.empty_like(active), 0  # first: where position 0 would be among all states
+        for chosen, width in ((stale, self.canvas.shape[1]), (~stale, self.width)):
             if chosen.any():
-                index = offset + (chosen.cumsum(0) - 1) * width - start  # [A]: where position 0 would be in `hidden`
-                sources = torch.where(chosen[place], index[place] + columns, sources)
-                hidden.append(self._window(active[chosen], start[chosen], width).flatten(0, 1))
-                offset += len(hidden[-1])
-        hidden = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
-        return predicting_states(self.model, hidden[None], self._send(sources))
+                states = self._window(active[chosen], start[chosen], width)  # [A', W, D]
+                first[chosen] = done + width * torch.arange(len(states)) - start[chosen]
+                windows.append(states.flatten(0, 1))
+                done += len(windows[-1])
+        states = windows[0] if len(windows) == 1 else torch.cat(windows)
+        return predicting_states(self.model, states[None], self._send(first[place] + columns))
 
     def _window(self, rows: Tensor, start: Tensor, width: int) -> Tensor:
         """Compute `width` positions of each of `rows` `[A]` from `start` `[A]` on: `[A, W, D]`."""
@@ -168,14 +166,7 @@ def _prove(model: PreTrainedModel, length: int) -> None:
         other = network.states(*places)
         canvas.copy_(tokens)
         again = network.states(*places)
-    except (
-        AttributeError,
-        IndexError,
-        KeyError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:  # different models raise different errors
+    except MODEL_ERRORS as error:
         raise ValueError(f"{type(model).__name__} cannot use cache=True ({error}); use cache=False") from error
     scale = float(full.abs().max()) * (1e-4 if full.dtype == torch.float32 else 3e-2)
     expected = FullPass(model, tokens, None).states(*places)

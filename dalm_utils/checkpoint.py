@@ -39,9 +39,15 @@ RESUMABLE = {  # how to resume after all, where only this setting differs
 NOT_COMPARED = {"text", "field"}  # where the tokens came from; a digest of the tokens is compared instead
 MACHINE_KEYS = ("seconds", "tokens_per_second", "memory", "eta")  # of a record: they differ when a run is repeated
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}  # what a disk that refuses to write answers
-CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # what one answers that cannot sync folders
-PROBE = 2**20  # bytes
+DISK_REFUSED = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EIO,
+}  # errno of a disk that refuses to write
+CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # errno of one that cannot sync folders
+PROBE = 2**20  # bytes that are written to find out whether a disk is full
 LOCK_WAIT = 1.0  # seconds; a process that calls `is_claimed` holds a lock for a moment
 
 
@@ -155,7 +161,7 @@ def _raise_hidden_refusal(error: BaseException, folder: Path) -> None:
     if isinstance(error, OSError) or not isinstance(error, Exception):
         return
     quoted = re.search(r"\(os error (\d+)\)", str(error))
-    if quoted and int(quoted[1]) in FULL:
+    if quoted and int(quoted[1]) in DISK_REFUSED:
         raise OSError(int(quoted[1]), os.strerror(int(quoted[1]))) from error
     with (folder / ".probe").open("wb") as probe:
         probe.seek(max(path.stat().st_size for path in folder.rglob("*")))
@@ -460,9 +466,9 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type's name where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def warn(message: str) -> None:

@@ -1,4 +1,4 @@
-"""Documents in, token blocks out: tokenised on all cores, and kept in a cache."""
+"""Documents in, token blocks out: tokenized on all cores, and kept in a cache."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from .tokens import begin_id, plain_backend, token_ids, tokenizer_digest
 VERSION = 2  # of this file's output: raise it when a change alters what is written
 SAMPLE_SEED = 0  # of the blocks that a limit leaves: the same in every run, so that their scores can be compared
 PIECE = 2**16  # tokens that are searched at once for the end of a document
-BATCH = 2**18  # characters that are tokenised together: enough to keep every core busy, and 30 MB while it lasts
+BATCH = 2**18  # characters that are tokenized together: enough to keep every core busy, and 30 MB while it lasts
 THREADS = min(16, os.cpu_count() or 1)
 
 
@@ -116,7 +116,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokenised text on disk, in three splits, with the facts about it."""
+    """Tokenized text on disk, in three splits, with the facts about it."""
 
     folder: Path
     facts: dict
@@ -170,7 +170,7 @@ def load_corpus(
     field: str = "text",
     cache: str | Path | None = None,
 ) -> Corpus:
-    """The tokenised text of a source (see `documents`): from the cache if it is there, else made and put there whole.
+    """The tokenized text of a source (see `documents`): from the cache if it is there, else made and put there whole.
 
     The cache is the folder `cache`; None means `DALM_CACHE` from the environment, else data/cache of the project.
 
@@ -241,15 +241,15 @@ def _alone(folder: Path) -> Iterator[None]:
 def _write(folder: Path, source: str, field: str, tokenizer: PreTrainedTokenizerBase, facts: dict) -> None:
     """Write the tokens of each split and facts.json. A text of which `BY_WORDS` leaves a split empty is read again."""
     begun = time.perf_counter()
-    made = _tokenise(folder, source, field, tokenizer, BY_WORDS)
+    made = _tokenize(folder, source, field, tokenizer, BY_WORDS)
     if not all(made["documents"].values()):
-        made = _tokenise(folder, source, field, tokenizer, split_few(clean_documents(source, field)))
+        made = _tokenize(folder, source, field, tokenizer, split_few(clean_documents(source, field)))
     seconds = round(time.perf_counter() - begun, 1)
     facts = {**facts, "name": source, **made, "seconds": seconds}
     (folder / "facts.json").write_text(json.dumps(facts, indent=1))
 
 
-def _tokenise(folder: Path, source: str, field: str, tokenizer: PreTrainedTokenizerBase, rule: SplitRule) -> dict:
+def _tokenize(folder: Path, source: str, field: str, tokenizer: PreTrainedTokenizerBase, rule: SplitRule) -> dict:
     """Stream the documents through all cores onto disk, in order, a bounded number of batches at a time.
 
     Threads are enough, since the tokenizer does nine tenths of the work and does it outside Python's lock.
@@ -268,7 +268,7 @@ def _tokenise(folder: Path, source: str, field: str, tokenizer: PreTrainedTokeni
         files = {split: stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS}
         backend = stack.enter_context(plain_backend(tokenizer))
         pool = stack.enter_context(ThreadPoolExecutor(THREADS))
-        bar = tqdm(desc="tokenising", total=size_of(source), unit="B", unit_scale=True, leave=False)
+        bar = tqdm(desc="tokenizing", total=size_of(source), unit="B", unit_scale=True, leave=False)
         stack.enter_context(bar)
         pack = partial(_pack, backend, begin_id(tokenizer), dtype)
         for batch, packed in _in_order(pool, pack, _batched((rule.split_of(text), text) for text in texts)):

@@ -6,12 +6,12 @@ Launched one by one, these kernels leave a fast GPU idle for about two thirds of
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from .checkpoint import first_line, warn
 from .machine import pinned
 from .objective import Batch
 
@@ -122,7 +122,6 @@ class ReplayedStep:
             cause: BaseException = error
             while cause.__context__ is not None:  # the end of the capture fails too, and says less
                 cause = cause.__context__
-            reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-            print(f"capturing the step as a CUDA graph failed, so steps run eagerly: {reason}", file=sys.stderr)
+            warn(f"capturing the step as a CUDA graph failed, so steps run eagerly: {first_line(cause)}")
             self.enabled = False
             self.recover()

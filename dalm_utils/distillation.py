@@ -14,24 +14,24 @@ from .corpus import Blocks
 from .objective import default_maskable, diffusion_loss
 
 UNIGRAM_BLOCKS = 2_000  # at most this many training blocks are counted for token frequencies
+BATCH = 32  # blocks in one forward pass of the teacher
 MAX_LOG_RATIO = 50.0  # nats; larger ratios of probabilities do not change the answer and could overflow
 
 
 @torch.no_grad()
-def fit_distill(teacher: nn.Module, train: Blocks, held_out: Blocks, largest: float, batch: int = 32) -> float:
+def fit_distill(teacher: nn.Module, train: Blocks, held_out: Blocks, largest: float) -> float:
     """`choose_distill` for a text. It costs one pass of the teacher over the held-out blocks.
 
     Args:
         teacher: an AR model, run in the dtype of its weights.
         train, held_out: blocks of the text.
         largest: an upper bound, the configured `distill`.
-        batch: blocks in one forward pass.
     """
     blocks = held_out[list(range(len(held_out)))]  # [N, L]
     counted = train[list(range(0, len(train), -(-len(train) // UNIGRAM_BLOCKS)))][:, 1:]
     causal = annealed_mask(blocks.shape[1], 0.0, dtype=teacher.dtype, device=teacher.device)
     nll = []
-    for tokens in blocks.to(teacher.device).split(batch):
+    for tokens in blocks.to(teacher.device).split(BATCH):
         everything, ones = default_maskable(tokens), torch.ones(len(tokens), device=tokens.device)
         nll.append(diffusion_loss(teacher, tokens, tokens, everything, ones, attention_mask=causal).token_nll.cpu())
     vocab = 1 + int(max(blocks.max(), counted.max()))
@@ -52,7 +52,7 @@ def unigram_nll(train_tokens: Tensor, held_out: Tensor, vocab_size: int) -> Tens
     return -(counts / counts.sum()).log()[held_out]
 
 
-def choose_distill(teacher_nll: Tensor, unigram_nll: Tensor, largest: float) -> float:
+def choose_distill(teacher_nll: Tensor, frequency_nll: Tensor, largest: float) -> float:
     """The `distill` that a text deserves: the weight of the teacher's prediction in the target, against 1 of the token.
 
     Mix the teacher with a model that knows token frequencies and nothing else, and take the teacher's fraction of the
@@ -67,24 +67,16 @@ def choose_distill(teacher_nll: Tensor, unigram_nll: Tensor, largest: float) -> 
 
     Args:
         teacher_nll: -log p of each held-out token given the tokens before it, in nats, any shape.
-        unigram_nll: the same tokens under their frequencies in the training split, see `unigram_nll`.
-        largest: an upper bound, the configured `distill`.
+        frequency_nll: the same tokens under their frequencies in the training split, see `unigram_nll`.
+        largest: an upper bound, the configured `distill`: finite, and not negative.
 
     Returns:
         a number in [0, largest].
 
     Raises:
-        ValueError: no tokens, unequal numbers of them, an NLL that is not finite, or a `largest` that is negative or
-            not finite.
+        ValueError: an NLL that is not finite.
     """
-    if not 0 <= largest < float("inf"):
-        raise ValueError(f"largest must be finite and not negative, got {largest}")
-    if teacher_nll.shape != unigram_nll.shape or not teacher_nll.numel():
-        raise ValueError(
-            "need the NLLs of the same held-out tokens, at least one, "
-            f"got shapes {tuple(teacher_nll.shape)} and {tuple(unigram_nll.shape)}"
-        )
-    log_ratio = unigram_nll.double() - teacher_nll.double().to(unigram_nll.device)
+    log_ratio = frequency_nll.double() - teacher_nll.double().to(frequency_nll.device)
     if not log_ratio.isfinite().all():
         raise ValueError("an NLL of a held-out token is infinite or NaN; check the teacher's weights and precision")
     gain = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).expm1()  # p_teacher / p_unigram - 1

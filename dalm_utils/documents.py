@@ -38,13 +38,13 @@ TEXT_FILES = (".txt", ".md", ".rst", ".tex")
 ABOUT = ("readme", "license", "licence", "notice", "citation", "changelog")  # files about a dataset, not of it
 MIN_CHARACTERS = 200  # of a docstring; shorter ones say too little to learn from
 FILES = 100  # parsed by each process: enough that starting it costs little
-MIN_WORDS = 50  # and 50 for each number: shorter formulas and tables have their words in common
+MIN_WORDS = 50  # of a text, and for each number in it: with fewer, `content_of` compares more than words
 HELD_OUT = {"validation": 2, "test": 2}  # percent of the documents
 FEW = 1000  # documents; fewer may leave a split of 2% empty by chance
 SPLITS = ("train", "validation", "test")
 SKIP_LIMIT = 100  # more lines or files that cannot be read than this, and than this fraction of all, are an error
 SKIP_FRACTION = 0.01
-LONGEST_LINE = 4 * 2**20  # bytes; a longer one is damaged or no document, and tokenising takes 130 times its size
+LONGEST_LINE = 4 * 2**20  # bytes; a longer one is damaged or no document, and tokenizing takes 130 times its size
 ROWS = 1000  # of a parquet file, held at once
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # the first bytes of such a file
 AN_ARRAY = "a JSON array; write one object a line (jq -c '.[]' FILE > lines.jsonl)"
@@ -113,14 +113,8 @@ def documents(source: str, field: str = "text", skips: Skips | None = None) -> I
     if source in PACKAGES:
         yield from docstrings(PACKAGES[source])
         return
-    records, parse = _open(source, field)
-    for place, size, raw in records:
-        skips.read += 1
-        skips.bytes += size
-        try:
-            yield parse(raw)
-        except ValueError as error:
-            skips.add(place, error)
+    opened, parse = _open(source, field)
+    yield from (text for _, text in _parsed(opened, parse, skips))
 
 
 def records(source: str, skips: Skips) -> Iterator[tuple[str, dict]]:
@@ -137,15 +131,20 @@ def records(source: str, skips: Skips) -> Iterator[tuple[str, dict]]:
     if not parquet and not path.is_file():
         raise ValueError(f"{source!r} is a folder of texts without records; give a .jsonl or .parquet file")
     opened: Iterator[tuple[str, int, Any]] = _rows_on_disk(files, "") if parquet else _numbered_lines(path)
+    yield from _parsed(opened, _record, skips)
+
+
+def _parsed(opened: Iterable[tuple[str, int, Any]], parse: Callable, skips: Skips) -> Iterator[tuple[str, Any]]:
+    """What `parse` makes of each raw record, with its place; those that it refuses are counted."""
     for place, size, raw in opened:
         skips.read += 1
         skips.bytes += size
         try:
-            record = _record(raw) if parquet else _parse_json(raw)
+            parsed = parse(raw)
         except ValueError as error:
             skips.add(place, error)
         else:
-            yield place, record
+            yield place, parsed
 
 
 def _open(source: str, field: str) -> tuple[Iterator[tuple[str, int, Any]], Callable[[Any], str]]:
@@ -158,7 +157,7 @@ def _open(source: str, field: str) -> tuple[Iterator[tuple[str, int, Any]], Call
     if _ending(files[0]) == ".parquet":
         return _rows_on_disk(files, field), partial(_text_of, field=field)
     if path.is_file():
-        return _numbered_lines(path), partial(_parse_json_line, field=field)
+        return _numbered_lines(path), partial(_text_of, field=field)
     return ((file.relative_to(path).as_posix(), file.stat().st_size, file) for file in files), _parse_file
 
 
@@ -276,11 +275,10 @@ def _parse_text(raw: bytes) -> str:
     return text
 
 
-def _parse_json_line(raw: bytes, field: str) -> str:
-    return _text_of(_parse_json(raw), field)
-
-
-def _parse_json(raw: bytes) -> dict:
+def _record(raw: dict | bytes) -> dict:
+    """A row of a parquet file as it is, or the object in a line of JSON; b"" stands for a file without rows."""
+    if isinstance(raw, dict):
+        return raw
     text = _parse_text(raw)
     try:
         record = json.loads(text)
@@ -293,15 +291,8 @@ def _parse_json(raw: bytes) -> dict:
     return record
 
 
-def _record(row: dict | bytes) -> dict:
-    """A row of a parquet file; bytes stand for a file without any."""
-    if isinstance(row, bytes):
-        raise ValueError("empty document")
-    return row
-
-
-def _text_of(row: dict | bytes, field: str) -> str:
-    record = _record(row)
+def _text_of(raw: dict | bytes, field: str) -> str:
+    record = _record(raw)
     if field == "text" and field not in record and arxiv.FIELD in record:
         field = arxiv.FIELD
     if field not in record:
@@ -391,7 +382,7 @@ _ASCII_LETTERS, _ASCII_DIGITS = (  # for bytes.translate: all other characters b
 
 
 @functools.lru_cache(maxsize=1)  # called twice in a row for each document: is it a copy, and which split is it in
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """The words alone, in lower case: what two copies of a document share when layout and numbers differ."""
     text = text.lower()
     if text.isascii():  # nearly every text is, and this is three times faster
@@ -408,7 +399,7 @@ def drop_near_copies(texts: Iterable[str], width: int = 8, fraction: float = 0.5
     seen: set[int] = set()
     kept = []
     for text in sorted(set(texts), key=lambda text: (-len(text), text)):
-        words = normalise(text).split()
+        words = normalize(text).split()
         runs = {hash(tuple(words[i : i + width])) for i in range(max(1, len(words) - width + 1))}
         if len(runs & seen) <= fraction * len(runs):
             seen |= runs
@@ -417,8 +408,8 @@ def drop_near_copies(texts: Iterable[str], width: int = 8, fraction: float = 0.5
 
 
 def split_of(text: str) -> str:
-    """The split a document belongs to, by a hash of its normalised form: stable, and the same for all copies."""
-    return split_at(digest(normalise(text)))
+    """The split a document belongs to, by a hash of its normalized form: stable, and the same for all copies."""
+    return split_at(digest(normalize(text)))
 
 
 def split_at(key: str) -> str:
@@ -452,13 +443,13 @@ def split_few(texts: Iterable[str]) -> SplitRule:
     same_words: Counter[str] = Counter()
     exact: list[str] = []
     for text in texts:
-        same_words[digest(normalise(text))] += 1
+        same_words[digest(normalize(text))] += 1
         if len(exact) < FEW:
             exact.append(digest(text))
     documents = same_words.total()
     by_words = held_out_by_rank(same_words)
     if len(set(by_words.values())) == min(documents, len(SPLITS)) - 1:
-        return SplitRule("rank of words", lambda text: by_words.get(digest(normalise(text)), "train"))
+        return SplitRule("rank of words", lambda text: by_words.get(digest(normalize(text)), "train"))
     if documents >= FEW:
         return SplitRule("text", lambda text: split_at(digest(text)))
     by_text = held_out_by_rank(Counter(exact))
@@ -510,7 +501,7 @@ def content_of(text: str) -> str:
     The words, where they say nearly everything; with more than one number in `MIN_WORDS` words everything but case
     and layout; and a text of fewer words, such as a formula, as it stands.
     """
-    words = normalise(text)
+    words = normalize(text)
     count = words.count(" ") + 1
     if count < MIN_WORDS:
         return text
@@ -519,6 +510,6 @@ def content_of(text: str) -> str:
 
 def _numbers(text: str) -> int:
     """How many runs of digits it has."""
-    if text.isascii():  # as in `normalise`
+    if text.isascii():  # as in `normalize`
         return len(text.encode().translate(_ASCII_DIGITS).split())
     return len(re.findall(r"\d+", text))

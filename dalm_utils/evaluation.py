@@ -67,7 +67,7 @@ class Estimate:
 
     @property
     def stderr(self) -> float:
-        """Of a mean over tokens where blocks have more or fewer of them: of its linearisation, a ratio of two sums."""
+        """Of the mean. Where blocks differ in their number of tokens, that is a ratio of two sums, linearized here."""
         if self.sizes is None:
             return standard_error(self.per_block, self.documents)
         return standard_error(self.sizes / self.sizes.mean() * (self.per_block - self.mean), self.documents)
@@ -157,11 +157,11 @@ def continuation_nelbo(
     """A bound on -log p(continuation | prompt), in nats for the whole continuation, and its standard error.
 
     As `nelbo`, with only the continuation ever masked: what multiple choice compares. Every draw masks at least
-    one token, so none scores zero, which would favour short choices. Continuations of one length get the same masks,
+    one token, so none scores zero, which would favor short choices. Continuations of one length get the same masks,
     whatever comes before them.
 
     Args:
-        prompt, continuation: texts, each tokenised by itself, or token ids.
+        prompt, continuation: texts, each tokenized by itself, or token ids.
 
     Raises:
         ValueError: an empty continuation, or more tokens than the model can see.

@@ -62,7 +62,7 @@ class Responder:
     def loglikelihood(
         self, requests: list[tuple[str, str]], greedy: list[bool] | None = None
     ) -> list[tuple[float, bool]]:
-        """Of each (context, continuation): log p, and whether greedy decoding gives the continuation.
+        """For each (context, continuation): log p, and whether greedy decoding gives the continuation.
 
         All requests are checked before any is answered.
 
@@ -79,12 +79,12 @@ class Responder:
         return [(score, answers.get(i, False)) for i, score in enumerate(scores)]
 
     def loglikelihood_rolling(self, requests: list[tuple[str]]) -> list[float]:
-        """Of each (text,): log p, in windows as long as the model; the last is preceded by as much as fits."""
+        """For each (text,): log p, in windows as long as the model; the last is preceded by as much as fits."""
         texts = encode(self.tokenizer, [text for (text,) in requests])
         return [self._rolling(ids) for ids in tqdm(texts, "likelihoods of whole texts")]
 
     def generate_until(self, requests: list[tuple[str, dict]]) -> list[str]:
-        """Of each (context, options): the text that follows, up to the first stop string or end token.
+        """For each (context, options): the text that follows, up to the first stop string or end token.
 
         Options are `max_gen_toks`, the number of tokens that are masked at the start; `until`, a list of stop strings;
         and `temperature`, `top_p`, `top_k`, greedy if not given or None. All are checked before any text is generated.
@@ -106,10 +106,10 @@ class Responder:
         return texts
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """As the harness does for AR models: spaces go with the word after them, and both are tokenised as one.
+        """As the harness does for AR models: spaces go with the word after them, and both are tokenized as one.
 
         Where the first letters of the continuation are in one token with the end of the context, the continuation is
-        tokenised by itself.
+        tokenized by itself.
         """
         if not continuation:
             raise ValueError(f"the continuation of {context[-60:]!r} is empty; correct the task's targets or choices")

@@ -38,8 +38,7 @@ def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
     """
     head = model.get_output_embeddings()
     with _without_autocast(hidden):
-        logits = _linear(hidden.to(head.weight.dtype), head.weight, head.bias)
-    return _forbid(_widen(logits), mask_id_of(model))
+        return _forbid(_logits(hidden, head.weight, head.bias), mask_id_of(model))
 
 
 def weighted_nll(
@@ -82,52 +81,38 @@ class _WeightedNLL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, weights, mask_id, dtype, needs_grad, teaching):
-        matrix, offsets, vocab = weight.to(dtype), None if bias is None else bias.to(dtype), len(weight)
-        if extra := -vocab % ALIGNMENT[weight.device.type]:
-            matrix = F.pad(matrix, (0, 0, 0, extra))  # [V + extra, D]
+    def forward(ctx, hidden, matrix, bias, targets, weights, mask_id, dtype, needs_grad, teaching):
+        padded, offsets, vocab = matrix.to(dtype), None if bias is None else bias.to(dtype), len(matrix)
+        if extra := -vocab % ALIGNMENT[matrix.device.type]:
+            padded = F.pad(padded, (0, 0, 0, extra))  # [V + extra, D]
             offsets = None if offsets is None else F.pad(offsets, (0, extra))
-        rows = chunk_rows(matrix)
+        rows = chunk_rows(padded)
         nll = torch.empty(len(hidden), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
         loss = nll if teaching is None else torch.empty_like(nll)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=nll.dtype) if needs_grad and weight.requires_grad else None
-        grad_bias = torch.zeros_like(bias, dtype=nll.dtype) if bias is not None and grad_weight is not None else None
+        grad_matrix = torch.zeros_like(matrix, dtype=nll.dtype) if needs_grad and matrix.requires_grad else None
+        grad_bias = torch.zeros_like(bias, dtype=nll.dtype) if bias is not None and grad_matrix is not None else None
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            source, target = hidden[part].to(dtype), targets[part, None]  # [m, D], [m, 1]
-            logits = _widen(_linear(source, matrix, offsets))  # [m, V + extra]
-            if teaching is not None:
-                teacher_hidden, teacher_head, teacher_weight = teaching
-                teacher_probs = _teacher_probs(teacher_hidden[part], mask_id, dtype, teacher_head)  # [m, V'], V' <= V
-                expected = (teacher_probs * logits[:, : teacher_probs.shape[1]]).sum(-1)  # none is -inf yet
-                target_logit = logits.gather(-1, target)[:, 0]
+            source, target = hidden[part], targets[part, None]  # [m, D], [m, 1]
+            logits = _logits(source, padded, offsets)  # [m, V + extra]
+            taught = None if teaching is None else _Taught(logits, target, part, mask_id, dtype, *teaching)
             logits = _forbid(logits, mask_id)
             logits[:, vocab:] = -torch.inf
             log_p = logits.log_softmax(-1)  # one kernel, where logsumexp makes several passes over memory
             del logits
             nll[part] = -log_p.gather(-1, target)[:, 0]
-            if teaching is not None:
-                loss[part] = nll[part] + teacher_weight * (target_logit - expected)
+            if taught is not None:
+                loss[part] = nll[part] + taught.excess
             if needs_grad:
-                grad_logits = log_p.exp_()  # softmax; the lines below subtract the target
-                if teaching is None:
-                    grad_logits.scatter_add_(-1, target, grad_logits.new_full(target.shape, -1.0))
-                else:
-                    grad_logits.scatter_add_(-1, target, (teacher_weight - 1.0).to(nll.dtype).expand(target.shape))
-                    grad_logits[:, : teacher_probs.shape[1]].addcmul_(teacher_probs, teacher_weight, value=-1.0)
-                grad_logits = grad_logits.mul_(weights[part, None]).to(dtype)
-                grad_hidden[part] = grad_logits @ matrix
-                if grad_weight is None:
-                    continue  # a frozen head
-                if dtype == grad_weight.dtype:
-                    grad_weight.addmm_(grad_logits[:, :vocab].T, source)  # in place, without a second [V, D]
-                else:
-                    grad_weight += _head_gradient(grad_logits, source, weights[part])[:vocab]
-                if grad_bias is not None:
-                    grad_bias += grad_logits[:, :vocab].sum(0, dtype=grad_bias.dtype)
-        ctx.grads = grad_hidden, grad_weight, grad_bias
-        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+                softmax = log_p.exp_()
+                error = _minus_token(softmax, target) if taught is None else taught.minus_target(softmax)
+                error = error.mul_(weights[part, None]).to(dtype)
+                grad_hidden[part] = error @ padded
+                if grad_matrix is not None:  # else the head is frozen
+                    _add_head_gradient(grad_matrix, grad_bias, error, source.to(dtype), weights[part])
+        ctx.grads = grad_hidden, grad_matrix, grad_bias
+        ctx.dtypes = hidden.dtype, matrix.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(nll)
         return (loss.masked_fill(weights == 0, 0.0) * weights).sum(), nll  # an unused place may have an infinite NLL
 
@@ -143,24 +128,55 @@ class _WeightedNLL(torch.autograd.Function):
         return *grads, None, None, None, None, None, None
 
 
-def _head_gradient(grad_logits: Tensor, source: Tensor, weights: Tensor) -> Tensor:
-    """`grad_logits^T source`, `[V, D]`, without leaving the range of float16.
+def _minus_token(softmax: Tensor, target: Tensor) -> Tensor:
+    """softmax - token, in place: the gradient of the token's cross entropy by the logits."""
+    return softmax.scatter_add_(-1, target, softmax.new_full(target.shape, -1.0))
+
+
+class _Taught:
+    """What a teacher changes for a chunk of M predictions: the target is (1 - w) * token + w * q, its prediction.
+
+    Attributes:
+        excess: `[M]`, the cross entropy of this target minus that of the token.
+    """
+
+    def __init__(self, logits, target, part, mask_id, dtype, hidden, head, weight):
+        bias = None if head.bias is None else head.bias.to(dtype)
+        q = _forbid(_logits(hidden[part], head.weight.to(dtype), bias), mask_id).softmax(-1)  # [M, V'], V' <= V
+        expected = (q * logits[:, : q.shape[1]]).sum(-1)  # no logit is -inf yet
+        self.excess = weight * (logits.gather(-1, target)[:, 0] - expected)
+        self.target, self.q, self.weight = target, q, weight
+
+    def minus_target(self, softmax: Tensor) -> Tensor:
+        """softmax - target, in place."""
+        softmax.scatter_add_(-1, self.target, (self.weight - 1.0).to(softmax.dtype).expand(self.target.shape))
+        softmax[:, : self.q.shape[1]].addcmul_(self.q, self.weight, value=-1.0)
+        return softmax
+
+
+def _add_head_gradient(grad_matrix: Tensor, grad_bias: Tensor | None, error: Tensor, source: Tensor, weights: Tensor):
+    """Add a chunk's part of the gradients of the head's matrix, `error^T source`, and bias.
 
     A sum over weights of 1/t can overflow float16, and the loss scale is applied only after this sum. No entry of a
     row exceeds the row's weight, so scaling the source down beforehand, by a power of two, bounds the sum.
     """
-    if grad_logits.dtype != torch.float16:
-        return grad_logits.T @ source
-    largest = weights.sum() * source.abs().amax()
-    scale = (torch.finfo(torch.float16).max / largest).clamp(max=1.0).log2().sub(1).floor().exp2()
-    return (grad_logits.T @ (source * scale)).float().div_(scale)
+    vocab = len(grad_matrix)  # the error has columns for padding, too
+    if error.dtype == grad_matrix.dtype:
+        grad_matrix.addmm_(error[:, :vocab].T, source)  # in place, without a second [V, D]
+    elif error.dtype != torch.float16:
+        grad_matrix += (error.T @ source)[:vocab]
+    else:
+        largest = weights.sum() * source.abs().amax()
+        scale = (torch.finfo(torch.float16).max / largest).clamp(max=1.0).log2().sub(1).floor().exp2()
+        grad_matrix += (error.T @ (source * scale)).float().div_(scale)[:vocab]
+    if grad_bias is not None:
+        grad_bias += error[:, :vocab].sum(0, dtype=grad_bias.dtype)
 
 
-def _teacher_probs(hidden: Tensor, mask_id: int | None, dtype: torch.dtype, head: nn.Module) -> Tensor:
-    """The teacher's softmax for a chunk of its hidden states, `[m, V']`, with 0 for [MASK]."""
-    bias = None if head.bias is None else head.bias.to(dtype)
-    logits = _linear(hidden.to(dtype), head.weight.to(dtype), bias)
-    return _forbid(_widen(logits), mask_id).softmax(-1)
+def _logits(hidden: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """`hidden matrix^T + bias`, computed in the dtype of the matrix, in float32 or wider."""
+    logits = _linear(hidden.to(matrix.dtype), matrix, bias)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _linear(source: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -184,10 +200,6 @@ def _forbid(logits: Tensor, mask_id: int | None) -> Tensor:
     if mask_id is not None and mask_id < logits.shape[-1]:
         logits[..., mask_id] = -torch.inf
     return logits
-
-
-def _widen(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def matmul_dtype(tensor: Tensor) -> torch.dtype:

@@ -55,7 +55,7 @@ def pick_precision(precision: str, device: torch.device) -> str:
 
 
 def _cpu_is_faster_in_bf16() -> bool:
-    """With AMX many times, with AMD's AVX-512 twice; Intel's AVX-512 is half as fast in bf16 as in fp32."""
+    """Many times with AMX, twice with AMD's AVX-512; with Intel's AVX-512 bf16 takes twice as long as fp32."""
     features = torch.cpu.get_capabilities()
     return bool(features.get("amx_bf16") or (features.get("avx512_bf16") and "AMD" in features["cpu_name"]))
 

@@ -110,7 +110,7 @@ class Batch:
     targets: Tensor  # [K] long, those tokens
     weights: Tensor  # [K] float32, 1/t
     normalizer: Tensor  # scalar: the divisor, counted over the global batch
-    count: int
+    count: int  # of the places that are used
     real: Tensor | None = None  # [B, L] bool: False at padding, which nothing attends to; None: there is no padding
 
     @classmethod
@@ -153,8 +153,8 @@ class Batch:
         if unused < 0:
             raise ValueError(f"{len(self.places)} places do not fit into {capacity}")
 
-        # In row 0, but not at its position 0, which no state predicts under the shift. They are spread over the row,
-        # since a GPU adds the gradients of one position one after the other.
+        # The unused places lie in row 0, but not at its position 0, which no state predicts under the shift. They are
+        # spread over the row, since a GPU adds the gradients of one position one after the other.
         places = 1 + torch.arange(unused) % (self.tokens.shape[1] - 1)
         targets, weights = self.targets.new_zeros(unused), self.weights.new_zeros(unused)
         return dataclasses.replace(

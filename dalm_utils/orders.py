@@ -29,7 +29,6 @@ class Settings:
 class Turn(NamedTuple):
     """What the next forward pass is for."""
 
-    step: int
     holes: Tensor  # [N, L] bool: the positions that are masked in this pass
     candidates: Tensor  # [N, L] bool: those among them that it may reveal
 
@@ -66,7 +65,7 @@ class Planned(Order):
         if not holes.any():
             return None
         step = int(self.plan[holes].min())
-        return Turn(step, holes, holes & (self.plan == step))
+        return Turn(holes, holes & (self.plan == step))
 
 
 class Random(Planned):
@@ -119,7 +118,7 @@ class Remasking(Order):
             self.hidden_again = in_block & ~holes & (chance < hide)
             self.step += 1
             if candidates.any():
-                return Turn(self.step - 1, holes, candidates)
+                return Turn(holes, candidates)
         return None
 
 
@@ -129,7 +128,7 @@ class Greedy(Order):
 
     def __init__(self, settings: Settings):
         super().__init__(settings)
-        self.step, self.block = -1, torch.full((len(self.blocks),), -1)
+        self.block = torch.full((len(self.blocks),), -1)
         self.steps_left = torch.zeros(len(self.blocks), dtype=torch.long)
 
     def score(self, p: Tensor) -> Tensor:
@@ -143,13 +142,12 @@ class Greedy(Order):
     def turn(self, holes: Tensor) -> Turn | None:
         if not holes.any():
             return None
-        self.step += 1
         block = self.blocks.where(holes, self.blocks.max() + 1).min(1).values
         self.steps_left = torch.where(block == self.block, self.steps_left - 1, self.steps)
         self.block = block
         candidates = holes & (self.blocks == block[:, None])
         self.quota = -(-candidates.sum(1) // self.steps_left.clamp(min=1))  # [N]
-        return Turn(self.step, holes, candidates)
+        return Turn(holes, candidates)
 
     def choose(self, rows: Tensor, distributions: Iterator[Tensor]) -> Tensor:
         score = torch.cat([self.score(p).cpu() for p in distributions])
@@ -204,7 +202,6 @@ ORDERS: dict[str, type[Order]] = {
     "margin": Margin,
     "threshold": Threshold,
 }
-IGNORES_STEPS = tuple(name for name, order in ORDERS.items() if order.ignores_steps)
 
 
 def steps_per_block(order: str, steps: int | None, block_length: int | None, blocks: Tensor) -> int:
@@ -216,6 +213,6 @@ def steps_per_block(order: str, steps: int | None, block_length: int | None, blo
     most_holes, most_blocks = int((blocks >= 0).sum(1).max()), int(blocks.max()) + 1
     if steps is None:
         return min(most_holes, block_length or most_holes)
-    if steps < most_blocks and order not in IGNORES_STEPS:
+    if steps < most_blocks and not ORDERS[order].ignores_steps:
         raise ValueError(f"{steps} steps are too few for {most_blocks} blocks; raise steps or block_length")
     return steps // most_blocks

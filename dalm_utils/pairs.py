@@ -1,4 +1,4 @@
-"""Prompt/answer pairs in, token rows out: read, tokenised piece by piece, split by prompt, and kept in the cache."""
+"""Prompt/answer pairs in, token rows out: read, tokenized piece by piece, split by prompt, and kept in the cache."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from .tokens import MASK, begin_id, decode, encode, token_ids, tokenizer_digest
 VERSION = 1  # of this file's output: raise it when a change alters what is written
 FORMS = (("prompt", "response"), ("messages",))  # the fields that are looked for when none are named
 PROMPT, ANSWER, END = range(3)  # the role of a token; END is an answer's, too, and ends the pair
-BATCH = 1000  # pairs that are tokenised together
+BATCH = 1000  # pairs that are tokenized together
 
 
 class Pair(NamedTuple):
@@ -140,7 +140,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class PairCorpus:
-    """Tokenised pairs on disk, in three splits, with the facts about them."""
+    """Tokenized pairs on disk, in three splits, with the facts about them."""
 
     folder: Path
     facts: dict
@@ -173,7 +173,7 @@ class PairCorpus:
         )
 
     def all_pairs(self, split: str, length: int, limit: int | None = None) -> Pairs:
-        """The same, even if there are none."""
+        """The pairs of a split that fit into `length` tokens; there may be none."""
         dtype, count = np.dtype(self.facts["dtype"]), self.facts["tokens"][split]
         stored = np.memmap(self.folder / f"{split}.bin", dtype, mode="r") if count else np.empty(0, dtype)
         return Pairs(stored["f0"], stored["f1"], length, self.begin, limit)
@@ -353,7 +353,7 @@ def load_pairs(
     field: str = RunConfig.field,
     cache: str | Path | None = None,
 ) -> PairCorpus:
-    """The tokenised pairs of a source (see `read_pairs`): from the cache if they are there, else made and put there.
+    """The tokenized pairs of a source (see `read_pairs`): from the cache if they are there, else made and put there.
 
     Pairs with equal prompts lie in one split. After the last answer comes the begin token, which ends a text here, see
     `load_corpus`: a model that is trained on pairs learns to stop by it.
@@ -377,12 +377,12 @@ def load_pairs(
 
 def _write(folder: Path, source: str, field: str, tokenizer: PreTrainedTokenizerBase, facts: dict) -> None:
     """Write the tokens of each split and facts.json. A hash may leave a split of few pairs empty; they go by rank."""
-    made = _tokenise(folder, source, field, tokenizer, BY_PROMPT)
+    made = _tokenize(folder, source, field, tokenizer, BY_PROMPT)
     if sum(made["documents"].values()) < FEW or not all(made["documents"].values()):
         keys = Counter({_key(pair.pieces[0][0]): 1 for pair in read_pairs(source, tokenizer, field)})
         ranked = held_out_by_rank(keys)
         rule = SplitRule("rank of prompt", lambda prompt: ranked.get(_key(prompt), "train"))
-        made = _tokenise(folder, source, field, tokenizer, rule)
+        made = _tokenize(folder, source, field, tokenizer, rule)
     (folder / "facts.json").write_text(json.dumps({**facts, "name": source, **made}, indent=1))
 
 
@@ -394,7 +394,7 @@ def _key(prompt: str) -> str:
 BY_PROMPT = SplitRule("prompt", lambda prompt: split_at(_key(prompt)))
 
 
-def _tokenise(folder: Path, source: str, field: str, tokenizer: PreTrainedTokenizerBase, rule: SplitRule) -> dict:
+def _tokenize(folder: Path, source: str, field: str, tokenizer: PreTrainedTokenizerBase, rule: SplitRule) -> dict:
     """Stream the pairs onto disk, in order. Returns the facts about what was read and written."""
     skips = Skips()
     dtype = np.dtype(f"uint{16 if token_ids(tokenizer)[-1] + 1 < 2**16 else 32},uint8")  # token and role
@@ -431,7 +431,7 @@ def _tokenise(folder: Path, source: str, field: str, tokenizer: PreTrainedTokeni
 
 
 def _pack(tokenizer: PreTrainedTokenizerBase, batch: list[Pair], dtype: np.dtype) -> list[np.ndarray]:
-    """Tokens and roles of each pair, `[n]` records. Pieces are tokenised one by one, as in `generate`."""
+    """Tokens and roles of each pair, `[n]` records. Pieces are tokenized one by one, as in `generate`."""
     chat, begin = batch[0].chat, begin_id(tokenizer)
     first = encode(tokenizer, [pair.pieces[0][0] for pair in batch], inside=chat, special=chat)
     rest = iter(encode(tokenizer, [text for pair in batch for text, _ in pair.pieces[1:]], inside=True, special=chat))

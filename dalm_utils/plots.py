@@ -94,9 +94,9 @@ class Live:
     def __call__(self, history: History | dict[str, History], config: RunConfig | None = None) -> None:
         histories = history if isinstance(history, dict) else {config.name if config else "run": history}
         last = [history.records[-1] for history in histories.values()]
-        worth_waiting = any("nelbo" in record or "event" in record for record in last)
+        must_draw = any("nelbo" in record or "event" in record for record in last)
         begun = time.monotonic()
-        if begun < self.due and not worth_waiting:
+        if begun < self.due and not must_draw:
             return
         figure, axis = plt.subplots(figsize=(8, 3.6))
         _draw_loss(axis, histories, evaluated=True)

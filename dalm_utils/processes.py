@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin, broadcast_object_list
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 from safetensors.torch import load_file, load_model
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -31,7 +31,9 @@ from .config import RunConfig
 from .machine import pick_device, pick_precision
 
 FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the same file from one process and from many
-KINDS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+KINDS = (  # of runs that are supported
+    DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP,
+)  # fmt: skip
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -79,11 +81,6 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def casting(accelerator: Accelerator, *, cache: bool = True) -> AutocastKwargs:
-    """Whether autocast caches cast weights. Under FSDP it must not: the cache would keep gathered weights alive."""
-    return AutocastKwargs(cache_enabled=cache and not is_sharded(accelerator))
-
-
 def on_main(accelerator: Accelerator, do: Callable):
     """Do something on the main process alone; its result is returned, or its error raised, on every process."""
     outcome: list = [None, None]
@@ -101,7 +98,7 @@ def on_main(accelerator: Accelerator, do: Callable):
 
 
 def _portable(error: Exception) -> Exception:
-    """The error, or its words in a RuntimeError where it cannot be sent: the others would wait for it for ever."""
+    """The error, or its words in a RuntimeError where it cannot be sent: the others would wait for it forever."""
     try:
         pickle.loads(pickle.dumps(error))
         return error

@@ -6,9 +6,8 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -19,12 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .annealing import annealed_mask
 from .backbone import check_fits, eval_mode, hidden_states, max_length, predicting_states
 from .evaluation import ar_nll, documents_of, mean_and_error, stack, standard_error
-from .head import logits_of, mask_id_of
+from .head import mask_id_of
 from .machine import autocast
 from .objective import seeded
 from .pairs import Pairs
-from .sampling import draw, generate
-from .tokens import begin_id, decode, unused_ids
+from .sampling import Head, generate
+from .tokens import begin_id, decode
 
 
 @dataclass(frozen=True)
@@ -130,39 +129,49 @@ def infilling(
     if not 1 <= gap <= length - 3:
         raise ValueError(f"a gap in blocks of {length} tokens has 1 to {length - 3}, got {gap}")
     check_fits(model, tokenizer, length)
-    starts = torch.randint(2, length - gap, (len(blocks), 1), generator=seeded(seed, gap, "gaps"))
-    columns = starts + torch.arange(gap)  # [N, gap]
-    fill: Callable = _continue if mask_id_of(model) is None else partial(_fill, order=order, **how)
-    pieces = enumerate(zip(blocks.split(batch_size), columns.split(batch_size), strict=True))
-    bar = tqdm(pieces, "infilling", -(-len(blocks) // batch_size), leave=False, disable=not progress)
+    starts = torch.randint(2, length - gap, (len(blocks),), generator=seeded(seed, gap, "gaps"))
+    parts = [[block[1:at], gap, block[at + gap :]] for block, at in zip(blocks, starts, strict=True)]
+    truth = torch.stack([block[at : at + gap] for block, at in zip(blocks, starts, strict=True)])
+    options = dict(temperature=temperature, precision=precision, order=order, **how)
+    written: list[Tensor] = []
+    for start in tqdm(range(0, len(parts), batch_size), "infilling", leave=False, disable=not progress):
+        number = start // batch_size
+        written += _fill(model, tokenizer, parts[start : start + batch_size], seed=seed + number, **options)
+    filled = torch.stack(written)
+    return InfillQuality(_gap_scores(tokenizer, filled, truth), filled, documents)
+
+
+def _fill(model, tokenizer, parts: list[list], *, temperature, seed, precision, **how) -> list[Tensor]:
+    """What a model writes into gaps. Each of `parts`: the ids before a gap, its size, and perhaps the ids after it.
+
+    An AR model continues what stands before the gap; `how` is for `generate`, with a diffusion model.
+    """
     with eval_mode(model):
-        filled = [fill(model, tokenizer, *piece, temperature, seed + number, precision) for number, piece in bar]
-    filled = torch.cat(filled)
-    return InfillQuality(_gap_scores(tokenizer, filled, blocks.gather(1, columns)), filled, documents)
+        if mask_id_of(model) is None:
+            tokens = _continue(model, tokenizer, parts, temperature, seed, precision)
+        else:
+            options = dict(temperature=temperature, seed=seed, precision=precision)
+            tokens = generate(model, tokenizer, parts=parts, **options, **how).tokens
+    return [row[1 + len(before) :][:gap] for row, (before, gap, *_) in zip(tokens, parts, strict=True)]
 
 
-def _fill(model, tokenizer, blocks, columns, temperature, seed, precision, **how) -> Tensor:
-    """A diffusion model's tokens at `columns` `[B, gap]` of `blocks` `[B, L]`, given all the others: `[B, gap]`."""
-    gap = columns.shape[1]
-    parts = [[row[1 : at[0]], gap, row[at[-1] + 1 :]] for row, at in zip(blocks, columns, strict=True)]
-    options = dict(temperature=temperature, seed=seed, precision=precision)
-    return generate(model, tokenizer, parts=parts, **options, **how).tokens.gather(1, columns)
-
-
-def _continue(model, tokenizer, blocks, columns, temperature, seed, precision) -> Tensor:
-    """An AR model's tokens there, given those to the left: `[B, gap]`."""
-    given = torch.arange(blocks.shape[1]) < columns[:, :1]
-    tokens = blocks.where(given, begin_id(tokenizer)).to(model.device)
+def _continue(model, tokenizer, parts: list[list], temperature, seed, precision) -> Tensor:
+    """`[B, L]`: the begin token, the ids before each gap, and what an AR model writes after them."""
+    starts = torch.tensor([1 + len(before) for before, *_ in parts])
+    gaps = torch.tensor([gap for _, gap, *_ in parts])
+    tokens = torch.full((len(parts), int((starts + gaps).max())), begin_id(tokenizer))
+    for row, (before, *_) in zip(tokens, parts, strict=True):
+        row[1 : 1 + len(before)] = before
+    tokens, rows = tokens.to(model.device), torch.arange(len(parts), device=model.device)
     causal = annealed_mask(tokens.shape[1], 0.0, dtype=model.dtype, device=model.device)
-    rows = torch.arange(len(tokens), device=model.device)
-    unused = unused_ids(tokenizer, len(model.get_output_embeddings().weight)).to(model.device)
-    draws = seeded(seed, 0, "continue")
+    head = Head(model, tokenizer, temperature, None, None, 1.0, seeded(seed, 0, "continue"))
     with autocast(model.device, precision):
-        for column in columns.T.to(model.device):  # [B]
-            hidden = predicting_states(model, hidden_states(model, tokens, causal), rows * tokens.shape[1] + column)
-            logits = logits_of(model, hidden).index_fill_(-1, unused, -torch.inf)
-            tokens[rows, column] = draw(logits, temperature, None, None, draws).to(model.device)
-    return tokens.cpu().gather(1, columns)
+        for offset in range(int(gaps.max())):
+            # a row whose gap is shorter, and ends at the right edge, draws its last token again
+            columns = (starts + offset).clamp(max=tokens.shape[1] - 1).to(model.device)
+            states = predicting_states(model, hidden_states(model, tokens, causal), rows * tokens.shape[1] + columns)
+            tokens[rows, columns] = head.draw(states, rows, tokens).to(model.device)
+    return tokens.cpu()
 
 
 def _gap_scores(tokenizer, filled: Tensor, truth: Tensor) -> dict[str, np.ndarray]:
@@ -240,39 +249,16 @@ def answer_quality(
     given = [tuple(torch.tensor(part.tolist(), dtype=torch.long) for part in pairs.pair(i)) for i in range(len(pairs))]
     check_fits(model, tokenizer, max(1 + len(prompt) + len(answer) for prompt, answer in given))
     room = min(pairs.length, max_length(model))
-    answer_all: Callable = partial(_answer, order=order, block_length=block_length)
-    answer_all = _answer_in_order if mask_id_of(model) is None else answer_all
-    pieces = range(0, len(given), batch_size)
+    parts = [[prompt, min(pairs.longest_answer, room - 1 - len(prompt))] for prompt, _ in given]
+    options = dict(temperature=temperature, precision=precision, order=order, block_length=block_length)
     answers: list[Tensor] = []
-    for start in tqdm(pieces, "answering", leave=False, disable=not progress):
-        prompts = [prompt for prompt, _ in given[start : start + batch_size]]
-        gaps = [min(pairs.longest_answer, room - 1 - len(prompt)) for prompt in prompts]
-        with eval_mode(model):
-            answers += answer_all(model, tokenizer, prompts, gaps, temperature, seed + start, precision)
+    for start in tqdm(range(0, len(parts), batch_size), "answering", leave=False, disable=not progress):
+        some = parts[start : start + batch_size]
+        answers += _fill(model, tokenizer, some, seed=seed + start, stop_at_end=True, **options)
     texts = [_until_end(tokenizer, ids, prompt) for ids, (prompt, _) in zip(answers, given, strict=True)]
     truth = [_until_end(tokenizer, ids, prompt) for prompt, ids in given]
     match = np.array([float(wanted.strip() == got.strip()) for wanted, got in zip(truth, texts, strict=True)])
     return AnswerQuality({"exact_match": match, **_rouge(truth, texts, ("rougeL",))}, texts, pairs.documents)
-
-
-def _answer(model, tokenizer, prompts, gaps, temperature, seed, precision, order, block_length) -> list[Tensor]:
-    """The tokens with which a diffusion model fills a gap behind each prompt."""
-    parts = [[prompt, gap] for prompt, gap in zip(prompts, gaps, strict=True)]
-    how = dict(order=order, block_length=block_length, temperature=temperature, seed=seed, precision=precision)
-    tokens = generate(model, tokenizer, parts=parts, stop_at_end=True, **how).tokens
-    return [row[1 + len(prompt) :][:gap] for row, prompt, gap in zip(tokens, prompts, gaps, strict=True)]
-
-
-def _answer_in_order(model, tokenizer, prompts, gaps, temperature, seed, precision) -> list[Tensor]:
-    """The tokens with which an AR model continues each prompt."""
-    width = 1 + max(len(prompt) + gap for prompt, gap in zip(prompts, gaps, strict=True))
-    blocks = torch.full((len(prompts), width), begin_id(tokenizer))
-    for row, prompt in zip(blocks, prompts, strict=True):
-        row[1 : 1 + len(prompt)] = prompt
-    columns = torch.tensor([1 + len(prompt) for prompt in prompts])[:, None] + torch.arange(max(gaps))
-    columns = columns.clamp(max=width - 1)  # a row whose gap ends there draws its last token again
-    filled = _continue(model, tokenizer, blocks, columns, temperature, seed, precision)
-    return [row[:gap] for row, gap in zip(filled, gaps, strict=True)]
 
 
 def _until_end(tokenizer, ids: Tensor, prompt: Tensor) -> str:

@@ -27,7 +27,6 @@ Parts = list[str | Tensor | int]  # given texts, given token ids `[n]`, and gaps
 class Reveal:
     """One forward pass of denoising: which tokens appeared where. Three lists of equal length."""
 
-    step: int
     rows: list[int]
     positions: list[int]
     tokens: list[int]
@@ -104,7 +103,7 @@ def generate(
         prompt: text before the gap; a list is a batch, whose shorter sequences are padded. Nothing attends to padding.
         length: tokens to write.
         parts: in place of prompt, length and suffix, texts and gaps: ["x : ", 8, "Returns", 5]; or a list of such.
-            A tensor `[n]` of token ids stands for a text that is tokenised already.
+            A tensor `[n]` of token ids stands for a text that is tokenized already.
         steps: denoising steps for all blocks together, divided equally, rounded down; by default one for each masked
             position of the longest sequence.
         block_length: fill so many positions before any further to the right (semi-autoregressive); None: no blocks.
@@ -138,7 +137,7 @@ def generate(
     per_block = steps_per_block(order, steps, block_length, canvas.blocks)
     chooser = ORDERS[order](Settings(canvas.blocks, per_block, threshold, remask, draws))
     network = _network(model, canvas, _hide_padding(canvas.real, model, precision), cache, refresh)
-    head = _Head(model, tokenizer, temperature, top_p, top_k, repetition_penalty, draws)
+    head = Head(model, tokenizer, temperature, top_p, top_k, repetition_penalty, draws)
     history = []
 
     bar = tqdm(total=int(canvas.holes.sum()), desc="sampling", unit="token", leave=False, disable=not progress)
@@ -151,7 +150,7 @@ def generate(
             rows, columns = rows[kept], columns[kept]
             tokens = head.draw(states, send(kept, states.device), canvas.seen(send(rows, states.device)))  # [K]
             canvas.reveal(rows, columns, tokens)
-            history.append(Reveal(turn.step, rows.tolist(), columns.tolist(), tokens.tolist()))
+            history.append(Reveal(rows.tolist(), columns.tolist(), tokens.tolist()))
             canvas.close_ended()
             canvas.close_unexpected(expected)
             bar.update(bar.total - int(canvas.holes.sum()) - bar.n)
@@ -185,7 +184,7 @@ def _keep_top(weights: Tensor, top_p: float | None, top_k: int | None) -> Tensor
     return weights.masked_fill(torch.zeros_like(drop).scatter(-1, index, drop), 0.0)
 
 
-class _Head:
+class Head:
     """The model's head and what is asked of each token, a chunk of rows at a time."""
 
     def __init__(self, model, tokenizer, temperature, top_p, top_k, repetition_penalty, draws: torch.Generator):
@@ -206,14 +205,14 @@ class _Head:
         """A token from each of K `kept` states of `[M, D]`, in sequences that show `[K, L]`: `[K]` on the CPU."""
         known, self.logits = self.logits, None
         logits = (self._logits(states[k]) if known is None else known[k] for k in kept.split(self.chunk))
-        logits = (_penalise(x, seen, self.penalty) for x, seen in zip(logits, shown.split(self.chunk), strict=True))
+        logits = (_penalize(x, seen, self.penalty) for x, seen in zip(logits, shown.split(self.chunk), strict=True))
         return torch.cat([draw(some, *self.how) for some in logits])
 
     def _logits(self, states: Tensor) -> Tensor:
         return logits_of(self.model, states).index_fill_(-1, self.unused, -torch.inf)
 
 
-def _penalise(logits: Tensor, shown: Tensor, penalty: float) -> Tensor:
+def _penalize(logits: Tensor, shown: Tensor, penalty: float) -> Tensor:
     """Lower the logits `[M, V]` of the tokens `[M, L]` that a sequence shows ([MASK], among them, is at -inf)."""
     if penalty == 1.0:
         return logits

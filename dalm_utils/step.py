@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -24,7 +25,7 @@ from .config import RunConfig
 from .cuda_graph import ReplayedStep
 from .machine import DTYPES, seed_dropout, send
 from .objective import Batch, batch_loss, seeded
-from .processes import casting, is_sharded, prepare
+from .processes import is_sharded, prepare
 from .stability import SATURATED, Watch, saturation
 from .tasks import TASKS, Task
 
@@ -77,7 +78,9 @@ class TrainStep:
             {key: group[key] for key in ("lr", "fused", "capturable")} for group in self.adamw.param_groups
         ]
         self.adamw.register_step_pre_hook(self._skip_if_unusable)
-        accelerator.autocast_handler = casting(accelerator, cache=self.replayed is None)
+        # A cache of cast weights would leak into a captured step, and keep gathered weights alive under FSDP.
+        cache = self.replayed is None and not is_sharded(accelerator)
+        accelerator.autocast_handler = AutocastKwargs(cache_enabled=cache)
         self.module, self.optimizer = prepare(accelerator, module, self.adamw)
         self.watch = Watch(config.spike, config.max_skips, self.device)
         zeros = torch.zeros(4, device=self.device)

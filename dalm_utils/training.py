@@ -256,5 +256,5 @@ def _what_is_saved(run: Run) -> str:
 
 
 def _histories(runs: dict[str, Run]) -> dict[str, History]:
-    """As they are now: a run that rolls back takes an earlier history."""
+    """The histories of runs as they are now: one that rolls back takes an earlier history."""
     return {name: run.history for name, run in runs.items()}

@@ -93,7 +93,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_gguf(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path) -> None:
-    """Write a Llama and its tokenizer as llama.cpp's converter does, unquantised."""
+    """Write a Llama and its tokenizer as llama.cpp's converter does, unquantized."""
     import gguf
 
     config, writer = model.config, gguf.GGUFWriter(path, "llama")
@@ -125,7 +125,7 @@ def write_gguf(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         for part, count in heads.items():
-            if part in name:  # llama.cpp pairs neighbouring dimensions in its rotary embedding, transformers halves
+            if part in name:  # llama.cpp pairs neighboring dimensions in its rotary embedding, transformers halves
                 weight = weight.reshape(count, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
         writer.add_tensor(names.get_name(name, (".weight",)), weight.contiguous().numpy())
     writer.write_header_to_file()

@@ -165,7 +165,7 @@ def test_stock_models_that_cannot_become_diffusion_models_are_refused(model, rea
 @torch.no_grad()
 def test_a_cap_that_small_logits_do_not_show_is_found():
     torch.manual_seed(0)
-    small = SMALL | dict(initializer_range=0.02)  # as a model is initialised: its logits are far below the cap
+    small = SMALL | dict(initializer_range=0.02)  # as a model is initialized: its logits are far below the cap
     model = Gemma2ForCausalLM(Gemma2Config(**small, num_key_value_heads=1, head_dim=8, pad_token_id=0)).eval()
     tokens = torch.arange(1, 9)[None]
     bare = model.lm_head(hidden_states(model, tokens, annealed_mask(8, 0.0)))

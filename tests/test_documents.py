@@ -276,8 +276,8 @@ def test_formulas_are_no_copies_of_each_other_but_of_themselves(tmp_path):
 def test_normalising_ascii_quickly_changes_nothing():
     everything = "".join(map(chr, range(128)))
     for text in (*TEXTS, everything, everything * 2, r"Let $\alpha_1 \in A$; @xmath0", "", "123"):
-        assert module.normalise(text) == module.normalise(f"{text} É").removesuffix("é").rstrip()
-    assert module.normalise("Naïve É_tude x2 中文") == "naïve é tude x 中文"
+        assert module.normalize(text) == module.normalize(f"{text} É").removesuffix("é").rstrip()
+    assert module.normalize("Naïve É_tude x2 中文") == "naïve é tude x 中文"
 
 
 def test_numbers_are_counted_in_every_script():
@@ -324,7 +324,7 @@ def prose(n, words=60):
 
 def test_documents_whose_content_is_numbers_are_no_copies_of_each_other(tmp_path):
     logs = [numbers(n) for n in range(500)]
-    assert len(set(map(module.normalise, logs))) == 1 and len(module.normalise(logs[0]).split()) >= module.MIN_WORDS
+    assert len(set(map(module.normalize, logs))) == 1 and len(module.normalize(logs[0]).split()) >= module.MIN_WORDS
     skips = Skips()
     source = write_lines(tmp_path / "logs.jsonl", [{"text": text} for text in (*logs, *logs[:9], logs[9].upper())])
     assert list(module.clean_documents(source, skips=skips)) == logs and skips.copies == 10
@@ -375,7 +375,7 @@ def test_near_copies_of_short_prose_stay_in_one_split_when_there_are_few_documen
     texts = [f"{prose(n, words=12)} {page}" for n in range(30) for page in range(2)]
     rule, splits = splits_of(texts)
     assert rule == "rank of words" and [len(splits[key]) for key in module.SPLITS] == [48, 6, 6]
-    words = {key: set(map(module.normalise, part)) for key, part in splits.items()}
+    words = {key: set(map(module.normalize, part)) for key, part in splits.items()}
     assert not words["train"] & (words["validation"] | words["test"]) and not words["validation"] & words["test"]
 
 
@@ -391,7 +391,7 @@ def test_docstrings_are_many_and_no_two_alike():
     """The real corpus, from the packages installed here."""
     texts = list(module.clean_documents("docstrings"))
     assert len(texts) >= 18_261 and sum(map(len, texts)) >= 17_000_000
-    normal = [module.normalise(text) for text in texts]
+    normal = [module.normalize(text) for text in texts]
     assert len(set(normal)) == len(texts)
     splits = {
         split: {words for words, text in zip(normal, texts, strict=True) if split_of(text) == split}

@@ -357,7 +357,7 @@ def test_data_says_what_is_in_a_text_and_what_was_left_out(workplace, capsys):
     asked = ["data", str(path), "--tokenizer", str(workplace / "base")]
     assert main(asked) == 0
     told = capsys.readouterr()
-    assert re.search(r"tokenising: .*B/s", told.err)
+    assert re.search(r"tokenizing: .*B/s", told.err)
     splits = re.findall(r"^(train|validation|test) +(\d+) +([\d,]+) +0\.\d$", told.out, re.MULTILINE)
     assert len(splits) == 3 and sum(int(documents) for _, documents, _ in splits) == len(records)
     assert "copies dropped: 1; skipped: 1 not JSON, 1 no field 'text'" in told.out

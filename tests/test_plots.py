@@ -55,7 +55,7 @@ def test_the_shift_diagram_draws_an_arrow_for_each_masked_token_in_both_panels(s
     plots.shift_diagram(["begin", "a", "b", "c"], [False, True, False, True])
     tops = [[text for text in axis.texts if getattr(text, "arrow_patch", None)] for axis in shown[0].axes]
     sources = [[arrow.get_position()[0] for arrow in arrows] for arrows in tops]
-    assert sources == [[0, 2], [1, 3]]  # with the shift from the left neighbour, without it from the place itself
+    assert sources == [[0, 2], [1, 3]]  # with the shift from the left neighbor, without it from the place itself
 
 
 def test_curves_hold_the_recorded_points(shown):
@@ -145,7 +145,7 @@ def test_a_score_of_a_single_block_is_drawn_without_an_error(shown):
     assert list(shown[0].axes[0].lines[0].get_ydata()) == [5.0]
 
 
-def test_live_draws_all_arms_in_colours_of_their_own(shown):
+def test_live_draws_all_arms_in_colors_of_their_own(shown):
     live = plots.Live(fraction=1.0)
     live({"one": history(), "two": history()})
     axis = shown[0].axes[0]
@@ -225,14 +225,14 @@ def test_the_strip_draws_each_token_masked_then_new_then_old(shown):
 
 
 def texts_of(axis) -> dict[str, str]:
-    """What is drawn in each colour, all lines together."""
+    """What is drawn in each color, all lines together."""
     drawn: dict[str, str] = {}
     for text in axis.texts:
         drawn[text.get_color()] = drawn.get(text.get_color(), "") + text.get_text()
     return drawn
 
 
-def test_restored_text_colours_right_and_wrong_tokens_in_their_columns(shown):
+def test_restored_text_colors_right_and_wrong_tokens_in_their_columns(shown):
     texts = ["the mean of", " an", " old", "\n", " array\nof $x$"]
     tokenizer = SimpleNamespace(decode=lambda ids: texts[ids[0]])
     truth, restored = torch.tensor([0, 1, 2, 4]), torch.tensor([0, 1, 3, 4])

@@ -12,7 +12,7 @@ from dalm_utils import generate, sampling
 from dalm_utils.backbone import hidden_states
 from dalm_utils.head import logits_of
 from dalm_utils.objective import seeded
-from dalm_utils.orders import IGNORES_STEPS, ORDERS, Remasking, Settings
+from dalm_utils.orders import ORDERS, Remasking, Settings
 from dalm_utils.sampling import draw
 from dalm_utils.tokens import encode, unused_ids
 from tests.helpers import FAMILIES, tiny_diffusion, tiny_model, tiny_tokenizer
@@ -41,7 +41,7 @@ def test_samples_hold_no_mask_and_keep_prompt_and_suffix(order, steps, shift):
     assert len(set(revealed)) == 3 * 9
     assert len(revealed) == 3 * 9 or order == "remasking"  # each position of each sample once
     assert samples.forward_passes == len(samples.history)
-    assert samples.forward_passes <= (9 if order in IGNORES_STEPS else steps)
+    assert samples.forward_passes <= (9 if ORDERS[order].ignores_steps else steps)
 
 
 @pytest.mark.parametrize("order", ["confidence", "entropy", "margin"])
@@ -312,7 +312,7 @@ def test_remasking_hides_tokens_as_the_forward_process_does(diffusion):
     )
     holes = torch.ones(500, 40, dtype=torch.bool)
     while (turn := chooser.turn(holes)) is not None:
-        turns[turn.step] = turn.holes
+        turns[chooser.step - 1] = turn.holes
         holes = turn.holes & ~turn.candidates
     assert not holes.any()
     for step, masked in turns.items():
@@ -489,7 +489,7 @@ def test_bad_requests_are_refused(diffusion, bad, message):
 def test_the_end_token_is_exempt_from_the_repetition_penalty_where_a_text_may_end(monkeypatch):
     model, tokenizer = tiny_diffusion()
     shown = []
-    monkeypatch.setattr(sampling, "_penalise", lambda logits, seen, penalty: shown.append(seen) or logits)
+    monkeypatch.setattr(sampling, "_penalize", lambda logits, seen, penalty: shown.append(seen) or logits)
     for stops in (True, False):
         generate(model, tokenizer, prompt="Return", length=6, stop_at_end=stops, repetition_penalty=1.2)
         counted = torch.cat(shown)

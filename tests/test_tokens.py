@@ -108,7 +108,7 @@ def test_pieces_of_a_text_cut_anywhere_decode_to_the_text(kind):
             assert not begin or decode(tokenizer, ids[1], before=ids[0]) == rest
     assert tokenizer.backend_tokenizer.to_str() == before
     usual = tokenizer.backend_tokenizer.encode("Return the sum", add_special_tokens=False).ids
-    assert encode(tokenizer, ["Return the sum"])[0] == usual  # a text that begins is tokenised as in the corpus
+    assert encode(tokenizer, ["Return the sum"])[0] == usual  # a text that begins is tokenized as in the corpus
 
 
 def prefixing_model(tokenizer):

@@ -149,7 +149,7 @@ class Recorded:
         return [float((one - other).mean()) for one, other in pairs]
 
     def effect(self, worse: str, better: str, steps: int) -> tuple[float, float]:
-        """Their mean and its standard error: over seeds, or over the test where there is one seed only.
+        """The mean of `effects`, and its standard error: over seeds, or over the test where there is one seed only.
 
         The latter counts documents, or blocks where their documents were not recorded.
         """

@@ -25,13 +25,13 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbconvert import HTMLExporter
 
-from ..checkpoint import require_writable, write_file
+from ..checkpoint import first_line, require_writable, write_file
 from ..config import display_path, runs_folder
 
 RECORD = ".notebooks"  # the hashes of all files that were written to the folder of runs, one per line
 STARTUP = 600  # seconds that a kernel may take to begin, on a busy machine
 SHUTDOWN = 1200  # seconds that a kernel may take to end in the middle of a cell: a training step may take minutes
-IDLE_SHUTDOWN = 20  # the same between cells; every so often ipykernel's threads wait for each other for ever
+IDLE_SHUTDOWN = 20  # seconds that an idle one may take: now and then ipykernel's threads wait for each other forever
 
 
 def run_notebook(path: Path, *, in_place: bool = False) -> int | None:
@@ -242,8 +242,7 @@ def _read(path: Path) -> nbformat.NotebookNode:
     except OSError:
         raise
     except Exception as error:  # nbformat lets through whatever a malformed file leads to
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{path} is not a notebook: {reason}") from error
+        raise ValueError(f"{path} is not a notebook: {first_line(error)}") from error
     if "python" not in language.lower():
         raise ValueError(f"{path} is a notebook of {language}; only those of Python can be run")
     return notebook

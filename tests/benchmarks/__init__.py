@@ -1,6 +1,6 @@
 """Benchmarks, each run as `python -m tests.benchmarks.NAME`; results with their machines in RESULTS.md.
 
-A figure is a ratio of two measurements of one run on one machine, taken in turns (`tokenising`: one after the other);
+A figure is a ratio of two measurements of one run on one machine, taken in turns (`tokenizing`: one after the other);
 `--json` makes the last line one JSON object of the headline ratios.
 """
 
