@@ -323,6 +323,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.quality:
         figures |= _quality_figures(model, tokenizer, blocks, judge, options)
     _show(options, kind, f"{len(blocks)} {options.split} blocks of {options.length} tokens", len(blocks), figures)
+    _note(corpus.about_left_out())
 
 
 def _evaluate_pairs(options: argparse.Namespace, model, tokenizer) -> None:
@@ -338,9 +339,13 @@ def _evaluate_pairs(options: argparse.Namespace, model, tokenizer) -> None:
     quality = answer_quality(model, tokenizer, pairs, progress=True)
     figures |= _with_errors("", quality.mean, quality.stderr)
     _show(options, f"conditional {kind}", f"{len(pairs)} {options.split} pairs", len(pairs), figures)
-    dropped = pairs.about_dropped(tokenizer, options.split)
-    if dropped:
-        print(dropped, file=sys.stderr)
+    _note(corpus.about_left_out(), pairs.about_dropped(tokenizer, options.split))
+
+
+def _note(*notes: str) -> None:
+    """Print what a user should know about a text, where it is not taken for a result."""
+    for note in filter(None, notes):
+        print(note, file=sys.stderr)
 
 
 def _show(options: argparse.Namespace, kind: str, scored: str, count: int, figures: dict) -> None:

@@ -86,6 +86,27 @@ class Skips:
         return "; ".join(told) or "none"
 
 
+def about_left_out(facts: dict, kind: str) -> str:
+    """A sentence about what of a prepared text was skipped or dropped; empty if that is nothing, or to be expected.
+
+    Args:
+        facts: those of the text; docstrings, which repeat each other, always have copies.
+        kind: of what it is made: "documents" or "pairs".
+    """
+    counts, copies = dict(facts["skipped"]), 0 if facts["name"] in PACKAGES else facts.get("copies", 0)
+    left_out = sum(counts.values()) + copies
+    if not left_out:
+        return ""
+    told = [f"{count:,} {reason}" for reason, count in counts.items()]
+    if told:
+        reason = next(iter(counts))
+        told[0] += f" (the first at {facts['skipped_at'][0].removesuffix(f': {reason}')})"
+    if copies:
+        told.append(f"{copies:,} copies")
+    total = left_out + sum(facts["documents"].values())
+    return f"{left_out:,} of {total:,} {kind} of {facts['name']!r} are left out: {', '.join(told)}"
+
+
 class MissingField(ValueError):
     """A record without the field that holds the text; `fields` are those that it has."""
 
@@ -269,7 +290,7 @@ def _parse_text(raw: bytes) -> str:
     try:
         text = raw.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
-        raise ValueError("not UTF-8") from None
+        raise ValueError("not UTF-8 (convert it, as by iconv -f WINDOWS-1252 -t UTF-8)") from None
     if not text:
         raise ValueError("empty document")
     return text
@@ -432,31 +453,36 @@ class SplitRule(NamedTuple):
 BY_WORDS = SplitRule("words", split_of)
 
 
-def split_few(texts: Iterable[str]) -> SplitRule:
-    """The rule for a text of which `BY_WORDS` leaves a split empty.
+def split_few(
+    texts: Iterable[str], content: Callable[[str], str] = normalize, names: tuple[str, str] = ("words", "text")
+) -> SplitRule:
+    """The rule for a text of which a hash of the documents' content leaves a split empty.
 
-    Each held-out split gets a tenth of the documents, at least one, by the rank of the hashes of their words, and
-    documents with the same words stay together. Where that leaves a split empty, most documents share their words
-    and differ in numbers: then the exact texts count, by rank in a text of few documents, by `HELD_OUT` in others.
-    Of two documents one is for training and one for validation.
+    Each held-out split gets a tenth of the documents, at least one, by the rank of the hashes of their content, and
+    documents with the same content stay together. Where that leaves a split empty, most documents share their content,
+    such as the words around different numbers: then the exact texts count, each once, by rank if there are few, by
+    `HELD_OUT` if there are many. Of two documents one is for training and one for validation.
+
+    Args:
+        content: what documents must share to stay together.
+        names: of the content and of the exact text, for the name of the rule.
     """
-    same_words: Counter[str] = Counter()
-    exact: list[str] = []
+    same_content: Counter[str] = Counter()
+    exact: dict[str, int] = {}
     for text in texts:
-        same_words[digest(normalize(text))] += 1
+        same_content[digest(content(text))] += 1
         if len(exact) < FEW:
-            exact.append(digest(text))
-    documents = same_words.total()
-    by_words = held_out_by_rank(same_words)
-    if len(set(by_words.values())) == min(documents, len(SPLITS)) - 1:
-        return SplitRule("rank of words", lambda text: by_words.get(digest(normalize(text)), "train"))
-    if documents >= FEW:
-        return SplitRule("text", lambda text: split_at(digest(text)))
-    by_text = held_out_by_rank(Counter(exact))
-    return SplitRule("rank of text", lambda text: by_text.get(digest(text), "train"))
+            exact[digest(text)] = 1
+    by_content = _held_out_by_rank(same_content)
+    if len(set(by_content.values())) == min(same_content.total(), len(SPLITS)) - 1:
+        return SplitRule(f"rank of {names[0]}", lambda text: by_content.get(digest(content(text)), "train"))
+    if len(exact) == FEW:
+        return SplitRule(names[1], lambda text: split_at(digest(text)))
+    by_text = _held_out_by_rank(exact)
+    return SplitRule(f"rank of {names[1]}", lambda text: by_text.get(digest(text), "train"))
 
 
-def held_out_by_rank(sizes: dict[str, int]) -> dict[str, str]:
+def _held_out_by_rank(sizes: dict[str, int]) -> dict[str, str]:
     """The split of each hash that is held out. `sizes` counts the documents of each, which go together."""
     documents, splits = sum(sizes.values()), {}
     for split, needed in (("validation", 2), ("test", 3)):

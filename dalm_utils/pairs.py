@@ -28,12 +28,13 @@ from .documents import (
     MissingField,
     Skips,
     SplitRule,
+    about_left_out,
     content_of,
     digest,
-    held_out_by_rank,
     identify,
     records,
     split_at,
+    split_few,
 )
 from .tokens import MASK, begin_id, decode, encode, token_ids, tokenizer_digest
 
@@ -151,6 +152,10 @@ class PairCorpus:
         spelled = self.facts.get("spelled") or {}  # pairs that an earlier version prepared do not say
         named = ", ".join(f"{word!r} in {count}" for word, count in spelled.items())
         return named and f"special tokens named by pairs are read as letters: {named}; write chats as `messages`"
+
+    def about_left_out(self) -> str:
+        """A sentence about pairs that were skipped or dropped, whatever the length; empty if there are none."""
+        return about_left_out(self.facts, "pairs")
 
     def pairs(self, split: str, length: int, limit: int | None = None) -> Pairs:
         """The pairs of a split ("train", "validation" or "test") that fit into `length` tokens.
@@ -376,22 +381,16 @@ def load_pairs(
 
 
 def _write(folder: Path, source: str, field: str, tokenizer: PreTrainedTokenizerBase, facts: dict) -> None:
-    """Write the tokens of each split and facts.json. A hash may leave a split of few pairs empty; they go by rank."""
+    """Write the tokens of each split and facts.json. Few pairs, or prompts that share their words, go by rank."""
     made = _tokenize(folder, source, field, tokenizer, BY_PROMPT)
     if sum(made["documents"].values()) < FEW or not all(made["documents"].values()):
-        keys = Counter({_key(pair.pieces[0][0]): 1 for pair in read_pairs(source, tokenizer, field)})
-        ranked = held_out_by_rank(keys)
-        rule = SplitRule("rank of prompt", lambda prompt: ranked.get(_key(prompt), "train"))
+        prompts = (pair.pieces[0][0] for pair in read_pairs(source, tokenizer, field))
+        rule = split_few(prompts, content_of, ("prompt", "exact prompt"))
         made = _tokenize(folder, source, field, tokenizer, rule)
     (folder / "facts.json").write_text(json.dumps({**facts, "name": source, **made}, indent=1))
 
 
-def _key(prompt: str) -> str:
-    """The same for equal prompts, and for those that would be copies as documents."""
-    return digest(content_of(prompt))
-
-
-BY_PROMPT = SplitRule("prompt", lambda prompt: split_at(_key(prompt)))
+BY_PROMPT = SplitRule("prompt", lambda prompt: split_at(digest(content_of(prompt))))  # copies stay together
 
 
 def _tokenize(folder: Path, source: str, field: str, tokenizer: PreTrainedTokenizerBase, rule: SplitRule) -> dict:

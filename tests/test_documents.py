@@ -18,6 +18,8 @@ from dalm_utils.corpus import load_corpus
 from dalm_utils.documents import LONGEST_LINE, Skips, documents, drop_near_copies, split_of
 from tests.helpers import PATIENCE, TEXTS, number_word, tiny_tokenizer
 
+NOT_UTF_8 = "not UTF-8 (convert it, as by iconv -f WINDOWS-1252 -t UTF-8)"
+
 
 def write_lines(path, lines):
     path.write_bytes(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines))
@@ -41,7 +43,7 @@ def test_json_lines_with_every_kind_of_damage_are_counted_and_placed(tmp_path):
     assert list(documents(source, "article", skips)) == ["one", "two"]
     assert skips.reasons == {
         "not JSON": 3, "no field 'article'": 1, "field 'article' is not a string": 1, "empty document": 2,
-        "not UTF-8": 1, "not a JSON object": 2, module.AN_ARRAY: 1,
+        NOT_UTF_8: 1, "not a JSON object": 2, module.AN_ARRAY: 1,
     }  # fmt: skip
     assert skips.places[0] == "papers.jsonl:2: not JSON"
 
@@ -141,7 +143,7 @@ def test_a_folder_of_text_files(tmp_path):
     skips = Skips()
     assert list(documents(str(tmp_path), skips=skips)) == ["alpha", "beta"]
     assert skips.places == [
-        "c.txt: not UTF-8", "d.txt: empty document", "e.txt: longer than 4 MiB (cut it into documents)",
+        f"c.txt: {NOT_UTF_8}", "d.txt: empty document", "e.txt: longer than 4 MiB (cut it into documents)",
     ]  # fmt: skip
 
 

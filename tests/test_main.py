@@ -72,6 +72,23 @@ def test_train_evaluate_and_sample(workplace, capsys):
     assert "\n\n---\n\n".join(record["texts"]) == texts.removesuffix("\n") and 1 <= record["forward_passes"] <= 5
 
 
+@pytest.mark.parametrize("kind", ["documents", "pairs"])
+def test_train_and_evaluate_say_what_of_a_text_they_leave_out(workplace, capsys, kind):
+    text = workplace / ("texts" if kind == "documents" else "pairs.jsonl")
+    if kind == "documents":
+        for n in range(90):
+            (text / f"cafe-{n}.txt").write_bytes(b"caf\xe9")
+    else:
+        lines = [json.dumps({"prompt": f"{n} + {n} =", "response": f" {2 * n}"}).encode() for n in range(192)]
+        text.write_bytes(b"\n".join([*lines, *[b'{"prompt": "caf\xe9"}'] * 90]))
+    settings = ["steps=2", "warmup_steps=1", "anneal_steps=1", "sample_every=0"]
+    objective = "diffusion" if kind == "documents" else "finetune"
+    assert main(["train", "gpt2", "name=cli", f"text={text}", f"objective={objective}", *settings]) == 0
+    assert main(["evaluate", str(workplace / "runs" / "cli" / "best"), "--blocks", "2"]) == 0
+    told = f"90 of 282 {kind} of {str(text)!r} are left out: 90 not UTF-8 (convert it, as by iconv"
+    assert capsys.readouterr().err.count(told) == 2
+
+
 def table_of(shown):
     """A printed table: for each name the figure, and what is beside it."""
     rows = re.findall(r"^ +(\w+)  (\S+)(?: \+- \S+)?(?: +(\S.*))?$", shown, re.MULTILINE)

@@ -227,6 +227,31 @@ def test_equal_prompts_lie_in_one_split_and_every_split_has_pairs(tmp_path, coun
     assert len(splits) == count and all(len(where) == 2 and len(set(where)) == 1 for where in splits.values())
 
 
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_prompts_that_share_their_words_are_held_out_by_the_tenth(tmp_path, prompts):
+    """As where a long system prompt comes before a short question."""
+    lines = [
+        {"prompt": f"{number_word(system)} " * 60 + f"Is {n} even?", "response": f" {answer}"}
+        for system in range(prompts) for n in range(100) for answer in ("yes", "no")
+    ]  # fmt: skip
+    tokenizer = tiny_tokenizer()
+    corpus = load_pairs(write_lines(tmp_path / "p.jsonl", lines), tokenizer, cache=tmp_path)
+    assert corpus.facts["split_by"] == "rank of exact prompt"
+    assert corpus.facts["documents"] == {"train": 160 * prompts, "validation": 20 * prompts, "test": 20 * prompts}
+    found = {
+        split: {tuple(prompt) for where, prompt, _ in all_pairs(corpus, 10**4) if where == split} for split in SPLITS
+    }
+    assert sum(map(len, found.values())) == len(set.union(*found.values())) == prompts * 100
+
+
+def test_a_prompt_with_many_answers_is_not_held_out_if_smaller_ones_fill_a_tenth(tmp_path):
+    lines = [
+        {"prompt": f"{number_word(n)} of", "response": f" {a}"} for n in range(9) for a in range(91 if n == 4 else 6)
+    ]
+    corpus = load_pairs(write_lines(tmp_path / "p.jsonl", lines), tiny_tokenizer(), cache=tmp_path)
+    assert corpus.facts["documents"] == {"train": 115, "validation": 12, "test": 12}
+
+
 def test_pairs_with_one_prompt_count_as_one_document(tmp_path):
     lines = [{"prompt": pair["prompt"], "response": f" {answer}"} for pair in PAIRS for answer in "abc"]
     pairs = load_pairs(write_lines(tmp_path / "p.jsonl", lines), tiny_tokenizer(), cache=tmp_path).pairs("train", 64)
