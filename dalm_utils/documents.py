@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import functools
 import glob
 import hashlib
@@ -14,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,20 +37,25 @@ PACKAGES = {  # texts that need no download: the docstrings of packages that are
     "mathematics": ("sympy", "networkx", "numpy"),
 }  # fmt: skip
 TEXT_FILES = (".txt", ".md", ".rst", ".tex")
+OTHER_DATA = (".json", ".csv", ".tsv", ".gz", ".zst", ".xz", ".bz2", ".zip", ".arrow")  # which a folder may hold unread
 ABOUT = ("readme", "license", "licence", "notice", "citation", "changelog")  # files about a dataset, not of it
 MIN_CHARACTERS = 200  # of a docstring; shorter ones say too little to learn from
 FILES = 100  # parsed by each process: enough that starting it costs little
 MIN_WORDS = 50  # of a text, and for each number in it: with fewer, `content_of` compares more than words
+MIN_LETTERS = 4  # for each sign or digit, likewise
 HELD_OUT = {"validation": 2, "test": 2}  # percent of the documents
 FEW = 1000  # documents; fewer may leave a split of 2% empty by chance
 SPLITS = ("train", "validation", "test")
 SKIP_LIMIT = 100  # more lines or files that cannot be read than this, and than this fraction of all, are an error
 SKIP_FRACTION = 0.01
+ENDS = 64 * 2**10  # bytes at either end of a file that identify it, beside its name, size and time
+LONGEST_NAME = 128  # bytes of a text's name in the names of files, which may have 255
 LONGEST_LINE = 4 * 2**20  # bytes; a longer one is damaged or no document, and tokenizing takes 130 times its size
 ROWS = 1000  # of a parquet file, held at once
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # the first bytes of such a file
 AN_ARRAY = "a JSON array; write one object a line (jq -c '.[]' FILE > lines.jsonl)"
-RULES = 2  # of reading files and hubs: raise it when the same source gives other documents, and all is prepared anew
+LFS_POINTER = b"version https://git-lfs"  # how the file begins that Git puts in the place of a large one
+RULES = 3  # of reading files and hubs: raise it when the same source gives other documents, and all is prepared anew
 
 
 # -------------------------------------------------------------------------------------------------- read
@@ -125,7 +132,8 @@ def documents(source: str, field: str = "text", skips: Skips | None = None) -> I
         field: the field of a JSON line or parquet row that holds the text: a string, or a list of strings, which
             become lines. Where a record has no "text", its "article" is taken; the arXiv set knows its own field.
         skips: counts what was skipped (a line that is not a JSON object, a missing field, an empty document,
-            bytes that are not UTF-8, a file that cannot be opened, a line of more than `LONGEST_LINE` bytes).
+            bytes that are not UTF-8, a file that cannot be opened, a Git-LFS pointer, a line of more than
+            `LONGEST_LINE` bytes).
 
     Raises:
         FileNotFoundError, ConnectionError, ValueError: no such source, or nothing in it that can be read.
@@ -201,12 +209,24 @@ def _files(path: Path) -> list[Path]:
     """The files of a source on disk, all of one kind, in order."""
     if path.is_file():
         if _ending(path) not in (".jsonl", ".json", ".parquet"):
-            raise ValueError(f"{str(path)!r} is neither a .jsonl or .parquet file nor a folder")
+            raise ValueError(
+                f"{str(path)!r} is neither a .jsonl or .parquet file nor a folder: put texts into a folder, one "
+                "document a file (a book cut into chapters); decompress what is compressed (zcat x.jsonl.gz > x.jsonl)"
+            )
         return [path]
-    tables, lines, texts = (
-        sorted(file for file in path.rglob("*") if _ending(file) in endings and file.is_file())
-        for endings in ((".parquet",), (".jsonl",), TEXT_FILES)
+    if not path.is_dir():  # such as a pipe, which could not be read twice
+        raise ValueError(f"{str(path)!r} is neither a file nor a folder; write what it gives to a .jsonl file first")
+    found = _below(path)
+    tables, lines, texts, others = (
+        [file for file in found if _ending(file) in endings and file.is_file()]
+        for endings in ((".parquet",), (".jsonl",), TEXT_FILES, OTHER_DATA)
     )
+    only_about = all(file.stem.lower() in ABOUT for file in texts)
+    if others and only_about and not (tables or lines):
+        raise ValueError(
+            f"the folder {str(path)!r} holds {others[0].name}, which is not read; decompress it, or write one JSON "
+            "object a line to a .jsonl file, and give that by its path"
+        )
     if tables or lines:
         texts = [file for file in texts if file.stem.lower() not in ABOUT]
     kinds = [files for files in (tables, lines, texts) if files]
@@ -222,11 +242,30 @@ def _files(path: Path) -> list[Path]:
     return kinds[0]
 
 
+def _below(folder: Path) -> list[Path]:
+    """All files of a folder and of those in it, in order, but the hidden ones: older copies, caches, environments."""
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(
+            f"the folder {error.filename!r} cannot be read ({error.strerror}); permit it, or move that folder elsewhere"
+        ) from error
+
+    def is_shown(name: str) -> bool:
+        return not name.startswith(".") and name != "__MACOSX"
+
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = filter(is_shown, folders)
+        found += (Path(place, name) for name in filter(is_shown, names))
+    return sorted(found)
+
+
 def _numbered_lines(path: Path) -> Iterator[tuple[str, int, bytes]]:
     """Each line with its place and size; of one that is too long at most `LONGEST_LINE` + 1 bytes are held."""
     with path.open("rb") as file:
         if file.peek(2)[:2] in UTF_16:
             raise ValueError(f"{str(path)!r} is UTF-16, not UTF-8; convert it (iconv -f UTF-16 -t UTF-8)")
+        _refuse_pointer(path, file.peek(100))
         start = file.peek(100).removeprefix(codecs.BOM_UTF8).lstrip()
         if start.startswith(b"[\n") or (start.startswith(b"[") and _ending(path) == ".json"):
             raise ValueError(f"{str(path)!r} is {AN_ARRAY}")
@@ -241,11 +280,18 @@ def _numbered_lines(path: Path) -> Iterator[tuple[str, int, bytes]]:
             yield f"{path.name}:{number}", size, line
 
 
+def _refuse_pointer(path: Path, start: bytes) -> None:
+    if start.startswith(LFS_POINTER):
+        raise ValueError(f"{str(path)!r} is a Git-LFS pointer, not the file; fetch that (git lfs pull)")
+
+
 def _rows_on_disk(files: list[Path], field: str) -> Iterator[tuple[str, int, dict | bytes]]:
     for file in files:
         if not file.stat().st_size:
             yield file.name, 0, b""
             continue
+        with file.open("rb") as opened:
+            _refuse_pointer(file, opened.read(100))
         try:
             yield from _parquet_rows(glob.escape(str(file)), field, file.name)  # a name may look like a pattern
         except Exception as error:  # of pyarrow or datasets
@@ -278,6 +324,8 @@ def _parse_file(file: Path) -> str:
             raw = opened.read(LONGEST_LINE + 1)  # enough to tell that it is too long
     except OSError as error:
         raise ValueError(f"cannot be opened: {error.strerror}") from None
+    if raw.startswith(LFS_POINTER):
+        raise ValueError("a Git-LFS pointer, not the file (git lfs pull)")
     return _parse_text(raw)
 
 
@@ -371,20 +419,42 @@ def _docstrings_of(files: list[str]) -> list[str]:
 
 
 def identify(source: str, field: str) -> dict:
-    """What a text made from a source depends on: versions of packages, a hub's revision, or names, sizes and times."""
+    """What a text made from a source depends on: versions of packages, a hub's revision, or the files on disk."""
+    wanted = arxiv.ArxivSet.parse(source)
+    if (source in PACKAGES or wanted) and os.path.exists(source):
+        _say_which(source)
     if source in PACKAGES:
         return {name: _version_of(name) for name in PACKAGES[source]}
-    wanted = arxiv.ArxivSet.parse(source)
     if wanted:
         return {**vars(wanted), "rules": RULES}
     path = _locate(source)
-    stats = [(p.relative_to(path.parent).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in _files(path)]
-    return {"field": field, "files": digest(json.dumps(stats)), "name": path.name, "rules": RULES}
+    files = [(file.relative_to(path.parent).as_posix(), *_marks(file)) for file in _files(path)]
+    return {"field": field, "files": digest(json.dumps(files)), "name": path.name, "rules": RULES}
+
+
+@functools.cache  # so that it is said once
+def _say_which(source: str) -> None:
+    print(
+        f"{source!r} is a text that this project brings; for the file or folder of that name write './{source}'",
+        file=sys.stderr,
+    )
+
+
+def _marks(file: Path) -> tuple[int, int, str]:
+    """Size, time, and a hash of both ends of a file; of one that cannot be opened, that of nothing."""
+    stat, ends = file.stat(), b""
+    with contextlib.suppress(OSError), file.open("rb") as opened:
+        ends = opened.read(ENDS)
+        opened.seek(max(0, stat.st_size - ENDS))
+        ends += opened.read(ENDS)
+    return stat.st_size, stat.st_mtime_ns, hashlib.blake2b(ends, digest_size=16).hexdigest()
 
 
 def short_name(source: str) -> str:
-    """A source's name without path, ending, hub and shards."""
-    return "arxiv" if arxiv.ArxivSet.parse(source) else Path(source).stem
+    """A source's name without path, ending, hub and shards; of a long one what leaves room in the name of a file."""
+    if arxiv.ArxivSet.parse(source):
+        return "arxiv"
+    return os.fsencode(Path(source).stem)[:LONGEST_NAME].decode(errors="ignore")
 
 
 def size_of(source: str) -> int | None:
@@ -400,6 +470,8 @@ _ASCII_LETTERS, _ASCII_DIGITS = (  # for bytes.translate: all other characters b
     bytes(byte if belongs(chr(byte)) else ord(" ") for byte in range(128)).ljust(256)
     for belongs in (str.isalpha, str.isdigit)
 )
+_NO_SIGNS = "LMZC"  # the first letters of Unicode's categories of letters, marks on them, space and what is not seen
+_ASCII_NO_SIGNS = bytes(byte for byte in range(128) if unicodedata.category(chr(byte))[0] in _NO_SIGNS)
 
 
 @functools.lru_cache(maxsize=1)  # called twice in a row for each document: is it a copy, and which split is it in
@@ -524,14 +596,16 @@ def _drop_copies(texts: Iterable[str], skips: Skips) -> Iterator[str]:
 def content_of(text: str) -> str:
     """What two documents share if one of them is a copy.
 
-    The words, where they say nearly everything; with more than one number in `MIN_WORDS` words everything but case
-    and layout; and a text of fewer words, such as a formula, as it stands.
+    The words, where they say nearly everything; with more than one number in `MIN_WORDS` words, or one sign in
+    `MIN_LETTERS` letters, everything but case and layout; and a text of fewer words, such as a formula, as it stands.
     """
     words = normalize(text)
     count = words.count(" ") + 1
     if count < MIN_WORDS:
         return text
-    return words if count >= MIN_WORDS * _numbers(text) else " ".join(text.lower().split())
+    letters = len(words) - count + 1
+    is_prose = count >= MIN_WORDS * _numbers(text) and letters >= MIN_LETTERS * _signs(text)
+    return words if is_prose else " ".join(text.lower().split())
 
 
 def _numbers(text: str) -> int:
@@ -539,3 +613,10 @@ def _numbers(text: str) -> int:
     if text.isascii():  # as in `normalize`
         return len(text.encode().translate(_ASCII_DIGITS).split())
     return len(re.findall(r"\d+", text))
+
+
+def _signs(text: str) -> int:
+    """How many digits and other visible characters it has that are neither letters nor marks on letters."""
+    if text.isascii():
+        return len(text.encode().translate(None, _ASCII_NO_SIGNS))
+    return sum(n for sign, n in Counter(text).items() if unicodedata.category(sign)[0] not in _NO_SIGNS)

@@ -288,6 +288,13 @@ def test_near_copies_among_docstrings_are_to_be_expected_and_not_said(tmp_path):
     assert Corpus(tmp_path, facts, 0).about_left_out() == ""
 
 
+@pytest.mark.parametrize("letter", ["x", "é"])
+def test_a_file_may_have_the_longest_name_there_is(tmp_path, letter):
+    stem = letter * (249 // len(letter.encode()))  # with its ending nearly 255 bytes
+    made = load_corpus(write_lines(tmp_path / f"{stem}.jsonl", MANY), tiny_tokenizer(), cache=tmp_path / "cache")
+    assert made.folder.name.startswith(letter * 64) and made.facts["name"].endswith(f"{stem}.jsonl")
+
+
 def test_ids_beyond_16_bits_are_kept(tmp_path):
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(70_000)}, unk_token="w1"))
     words.pre_tokenizer = WhitespaceSplit()
