@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import hashlib
 import itertools
@@ -38,10 +39,17 @@ from .documents import (
 )
 from .tokens import MASK, begin_id, decode, encode, token_ids, tokenizer_digest
 
-VERSION = 1  # of this file's output: raise it when a change alters what is written
+VERSION = 2  # of this file's output: raise it when a change alters what is written
 FORMS = (("prompt", "response"), ("messages",))  # the fields that are looked for when none are named
 PROMPT, ANSWER, END = range(3)  # the role of a token; END is an answer's, too, and ends the pair
 BATCH = 1000  # pairs that are tokenized together
+TODAY = datetime.date(2024, 7, 26)  # for templates that print the date: a text must be the same every day
+CODES = ("%a", "%A", "%b", "%B", "%d", "%-d", "%m", "%-m", "%y", "%Y", "%j", "%H", "%I", "%M", "%S", "%p")
+CLOCK = (  # put before a template, it replaces the function `strftime_now` of transformers, which asks the machine
+    "{% macro strftime_now(form) %}{{ form"
+    + "".join(f" | replace('{code}', '{TODAY.strftime(code)}')" for code in CODES)
+    + " }}{% endmacro +%}"
+)
 
 
 class Pair(NamedTuple):
@@ -340,7 +348,12 @@ def _special_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], ask: bool) -> str:
     """The text of a conversation; `ask` adds what comes before the next answer."""
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+        template = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            template = CLOCK + template
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=ask
+        )
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template refuses it: {error}") from None
 

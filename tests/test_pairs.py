@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from dalm_utils.documents import SPLITS, Skips
 from dalm_utils.pairs import Pairs, chat_prompt, is_pairs, load_pairs, read_pairs
@@ -339,6 +340,19 @@ def test_a_template_that_cannot_be_cut_into_turns_is_named(tmp_path, template, r
     source = write_lines(tmp_path / "c.jsonl", [{"messages": conversation("a", "b")}])
     with pytest.raises(ValueError, match=f"no pair to train on.*{reason}"):
         load_pairs(source, chat_tokenizer(template), cache=tmp_path)
+
+
+@pytest.mark.parametrize("form, date", [("%d %b %Y", "26 Jul 2024"), ("%A, %B %d, %Y", "Friday, July 26, 2024")])
+def test_a_template_that_prints_the_date_gives_the_same_text_every_day(tmp_path, monkeypatch, form, date):
+    """Llama's does, and a text that is prepared anew must be the one that a run began with."""
+    tokenizer = chat_tokenizer("{{ strftime_now('" + form + "') if strftime_now is defined }}\n" + CHAT)
+    turns = conversation("Return the sum", "of an array")
+    source = write_lines(tmp_path / "c.jsonl", [{"messages": turns}] * 2)
+    before = next(read_pairs(source, tokenizer)).pieces
+    monkeypatch.setattr(chat_template_utils, "datetime", None)
+    assert next(read_pairs(source, tokenizer)).pieces == before
+    assert before[0][0] == tokenizer.decode(chat_prompt(tokenizer, turns[:1]))
+    assert before[0][0].startswith(f"{date}\n<|im_start|>user")
 
 
 def test_a_prompt_for_a_chat_needs_a_template():
