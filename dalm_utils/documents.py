@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import contextlib
 import functools
-import glob
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -17,7 +16,7 @@ import subprocess
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
@@ -146,8 +145,11 @@ def documents(source: str, field: str = "text", skips: Skips | None = None) -> I
     yield from (text for _, text in _parsed(opened, parse, skips))
 
 
-def records(source: str, skips: Skips) -> Iterator[tuple[str, dict]]:
+def records(source: str, fields: Collection[str], skips: Skips) -> Iterator[tuple[str, dict]]:
     """The records of a .jsonl or .parquet file, or of a folder of .parquet files, each with its place, in order.
+
+    Args:
+        fields: those that are read of a .parquet file; the others are None.
 
     Raises:
         FileNotFoundError, ValueError: as `documents`; or a source of texts, which has no records.
@@ -159,7 +161,7 @@ def records(source: str, skips: Skips) -> Iterator[tuple[str, dict]]:
     parquet = _ending(files[0]) == ".parquet"
     if not parquet and not path.is_file():
         raise ValueError(f"{source!r} is a folder of texts without records; give a .jsonl or .parquet file")
-    opened: Iterator[tuple[str, int, Any]] = _rows_on_disk(files, "") if parquet else _numbered_lines(path)
+    opened: Iterator[tuple[str, int, Any]] = _rows_on_disk(files, fields) if parquet else _numbered_lines(path)
     yield from _parsed(opened, _record, skips)
 
 
@@ -184,7 +186,8 @@ def _open(source: str, field: str) -> tuple[Iterator[tuple[str, int, Any]], Call
     path = _locate(source)
     files = _files(path)
     if _ending(files[0]) == ".parquet":
-        return _rows_on_disk(files, field), partial(_text_of, field=field)
+        fields = (field, arxiv.FIELD) if field == "text" else (field,)
+        return _rows_on_disk(files, fields), partial(_text_of, field=field)
     if path.is_file():
         return _numbered_lines(path), partial(_text_of, field=field)
     return ((file.relative_to(path).as_posix(), file.stat().st_size, file) for file in files), _parse_file
@@ -285,7 +288,16 @@ def _refuse_pointer(path: Path, start: bytes) -> None:
         raise ValueError(f"{str(path)!r} is a Git-LFS pointer, not the file; fetch that (git lfs pull)")
 
 
-def _rows_on_disk(files: list[Path], field: str) -> Iterator[tuple[str, int, dict | bytes]]:
+def _rows_on_disk(files: list[Path], fields: Collection[str]) -> Iterator[tuple[str, int, dict | bytes]]:
+    """The rows of parquet files, read `ROWS` at a time, and only in these fields: the others are None."""
+    from pyarrow.parquet import ParquetFile
+
+    def rows(file: Path) -> Iterator[dict]:
+        with ParquetFile(file) as opened:
+            names = opened.schema_arrow.names
+            for batch in opened.iter_batches(ROWS, columns=[name for name in names if name in fields]):
+                yield from (dict.fromkeys(names) | row for row in batch.to_pylist())
+
     for file in files:
         if not file.stat().st_size:
             yield file.name, 0, b""
@@ -293,29 +305,33 @@ def _rows_on_disk(files: list[Path], field: str) -> Iterator[tuple[str, int, dic
         with file.open("rb") as opened:
             _refuse_pointer(file, opened.read(100))
         try:
-            yield from _parquet_rows(glob.escape(str(file)), field, file.name)  # a name may look like a pattern
-        except Exception as error:  # of pyarrow or datasets
+            yield from _numbered_rows(rows(file), fields, file.name)
+        except Exception as error:  # of pyarrow
             raise ValueError(f"{str(file)!r} cannot be read as parquet: {error}") from error
 
 
 def _arxiv_rows(wanted: arxiv.ArxivSet) -> Iterator[tuple[str, int, dict]]:
     try:
         for file in wanted.files():
-            yield from _parquet_rows(file, arxiv.FIELD, file.rpartition("/")[2])
+            yield from _numbered_rows(_streamed_rows(file), (arxiv.FIELD,), file.rpartition("/")[2])
     except Exception as error:  # each hub client has errors of its own; all of them mean "not from here"
         raise wanted.unreachable(error) from error
 
 
-def _parquet_rows(file: str, field: str, name: str) -> Iterator[tuple[str, int, dict]]:
-    """The rows of one parquet file, a pattern of paths or an address, read `ROWS` at a time."""
+def _streamed_rows(address: str) -> Iterable[dict]:
+    """The rows of one parquet file on a hub, read `ROWS` at a time."""
     from datasets import load_dataset  # takes seconds to import
 
     # without a batch_size it is the length of the first row group, which may be 0
-    rows = load_dataset("parquet", data_files=file, split="train", streaming=True, batch_size=ROWS)
+    return load_dataset("parquet", data_files=address, split="train", streaming=True, batch_size=ROWS)
+
+
+def _numbered_rows(rows: Iterable[dict], fields: Iterable[str], name: str) -> Iterator[tuple[str, int, dict]]:
+    """Each row of the file of this name with its place, and the size of its text."""
     for number, row in enumerate(rows, 1):
-        text = row.get(field)
-        lines = text if isinstance(text, list) else [text]
-        yield f"{name}:{number}", sum(len(x) for x in lines if isinstance(x, str)), row
+        texts = (row.get(field) for field in fields)
+        lines = itertools.chain.from_iterable(text if isinstance(text, list) else [text] for text in texts)
+        yield f"{name}:{number}", sum(len(x) for x in lines if isinstance(x, str | bytes)), row
 
 
 def _parse_file(file: Path) -> str:
@@ -369,6 +385,8 @@ def _text_of(raw: dict | bytes, field: str) -> str:
     text = record[field]
     if isinstance(text, list) and all(isinstance(line, str) for line in text):
         text = "\n".join(text)
+    if isinstance(text, bytes):  # a parquet file may not say that they are UTF-8
+        return _parse_text(text)
     if not isinstance(text, str):
         raise ValueError(f"field {field!r} is not a string")
     return _parse_text(text.encode("utf-8", "replace"))

@@ -210,7 +210,7 @@ def read_pairs(
     """
     skips = Skips() if skips is None else skips
     fields, seen = None, set()
-    for place, record in records(source, skips):
+    for place, record in records(source, _columns(field), skips):
         fields = fields or _fields_of(record, field, tokenizer, place)
         if field == RunConfig.field and _forms_in(record) not in ([], [fields]):
             raise ValueError(
@@ -235,12 +235,17 @@ def is_pairs(source: str, field: str = RunConfig.field) -> bool:
     if "," in field:
         return True
     with contextlib.suppress(ValueError, FileNotFoundError):
-        for _, record in records(source, Skips()):
+        for _, record in records(source, _columns(field), Skips()):
             if field != RunConfig.field:
                 turns = record.get(field)
                 return isinstance(turns, list) and bool(turns) and all(isinstance(turn, dict) for turn in turns)
             return bool(_forms_in(record)) and field not in record
     return False
+
+
+def _columns(field: str) -> set[str]:
+    """The fields that a pair may have."""
+    return set(itertools.chain(*FORMS)) if field == RunConfig.field else {name.strip() for name in field.split(",")}
 
 
 def _forms_in(record: dict) -> list[tuple[str, ...]]:

@@ -275,6 +275,20 @@ def test_parquet_files_alone_and_in_a_folder(tmp_path):
     assert list(documents(str(tmp_path / "set"))) == ["first\nsecond", *TEXTS]
 
 
+def test_of_a_parquet_file_only_what_is_asked_for_is_read_and_without_datasets(tmp_path, monkeypatch):
+    """Which does not know every type, and writes into the home folder."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    years = pyarrow.array([2**53] * 2, pyarrow.timestamp("ms"))  # beyond what Python's datetime holds
+    table = {"year": years, "a.b": ["first", "second"], "text": [b"caf\xc3\xa9", b"caf\xe9"]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "t.parquet")
+    skips = Skips()
+    assert list(documents(str(tmp_path), skips=skips)) == ["café"]
+    assert skips.places == [f"t.parquet:2: {NOT_UTF_8}"] and skips.bytes > 0
+    assert list(documents(str(tmp_path), "a.b")) == ["first", "second"]
+    skips = Skips()
+    assert not list(documents(str(tmp_path), "body", skips)) and skips.fields == list(table)
+
+
 def test_parquet_files_without_rows_are_read_as_such(tmp_path):
     schema = pyarrow.schema([("text", pyarrow.string())])
     pyarrow.parquet.write_table(schema.empty_table(), tmp_path / "0.parquet")  # one row group of no rows
