@@ -490,10 +490,18 @@ def _ar_base(origin: dict) -> str:
 
 def _quality_figures(model, tokenizer, blocks, judge, options) -> dict:
     """Of generated texts as long as a block, and of the first blocks for comparison."""
+    import torch
+
     from .quality import text_quality
     from .sampling import generate
 
-    written = generate(model, tokenizer, length=options.length - 1, num_samples=options.quality, progress=True).tokens
+    written = torch.cat([
+        generate(
+            model, tokenizer, length=options.length - 1, num_samples=min(32, options.quality - start), seed=start,
+            progress=True,
+        ).tokens
+        for start in range(0, options.quality, 32)  # all at once might not fit into memory
+    ])  # fmt: skip
     held_out = blocks[: options.quality]
     figures = {"judge": options.judge}
     for name, tokens in (("written", written), ("held_out", held_out)):

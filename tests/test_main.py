@@ -219,6 +219,22 @@ def test_the_base_of_a_run_judges_what_its_model_generates(trained, workplace, c
         assert evaluation(capsys, model, "--quality", "2")["judge"] == str(workplace / "base")
 
 
+def test_many_texts_are_generated_a_few_at_a_time_and_few_as_ever(trained, capsys, monkeypatch):
+    kept, generate = [], sampling.generate
+
+    def generate_and_keep(*given, **options):
+        kept.append(generate(*given, **options).tokens)
+        return SimpleNamespace(tokens=kept[-1])
+
+    monkeypatch.setattr(sampling, "generate", generate_and_keep)
+    capsys.readouterr()
+    assert evaluation(capsys, trained / "best", "--quality", "33")["written_perplexity"] > 0
+    model, tokenizer = load_diffusion(trained / "best")
+    assert [len(tokens) for tokens in kept] == [32, 1]
+    assert kept[0].equal(generate(model, tokenizer, length=15, num_samples=32).tokens)
+    assert not kept[1].equal(kept[0][:1])
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
