@@ -323,6 +323,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.quality:
         figures |= _quality_figures(model, tokenizer, blocks, judge, options)
     _show(options, kind, f"{len(blocks)} {options.split} blocks of {options.length} tokens", len(blocks), figures)
+    _note(corpus.about_left_out())
 
 
 def _evaluate_pairs(options: argparse.Namespace, model, tokenizer) -> None:
@@ -338,9 +339,13 @@ def _evaluate_pairs(options: argparse.Namespace, model, tokenizer) -> None:
     quality = answer_quality(model, tokenizer, pairs, progress=True)
     figures |= _with_errors("", quality.mean, quality.stderr)
     _show(options, f"conditional {kind}", f"{len(pairs)} {options.split} pairs", len(pairs), figures)
-    dropped = pairs.about_dropped(tokenizer, options.split)
-    if dropped:
-        print(dropped, file=sys.stderr)
+    _note(corpus.about_left_out(), pairs.about_dropped(tokenizer, options.split))
+
+
+def _note(*notes: str) -> None:
+    """Print what a user should know about a text, where it is not taken for a result."""
+    for note in filter(None, notes):
+        print(note, file=sys.stderr)
 
 
 def _show(options: argparse.Namespace, kind: str, scored: str, count: int, figures: dict) -> None:
@@ -485,10 +490,18 @@ def _ar_base(origin: dict) -> str:
 
 def _quality_figures(model, tokenizer, blocks, judge, options) -> dict:
     """Of generated texts as long as a block, and of the first blocks for comparison."""
+    import torch
+
     from .quality import text_quality
     from .sampling import generate
 
-    written = generate(model, tokenizer, length=options.length - 1, num_samples=options.quality, progress=True).tokens
+    written = torch.cat([
+        generate(
+            model, tokenizer, length=options.length - 1, num_samples=min(32, options.quality - start), seed=start,
+            progress=True,
+        ).tokens
+        for start in range(0, options.quality, 32)  # all at once might not fit into memory
+    ])  # fmt: skip
     held_out = blocks[: options.quality]
     figures = {"judge": options.judge}
     for name, tokens in (("written", written), ("held_out", held_out)):

@@ -32,6 +32,7 @@ from .documents import (
     SPLITS,
     Skips,
     SplitRule,
+    about_left_out,
     clean_documents,
     digest,
     identify,
@@ -140,6 +141,10 @@ class Corpus:
         if len(tokens) < length - 1:
             raise ValueError(self._too_few(split, length))
         return Blocks(tokens, length, self.begin, limit)
+
+    def about_left_out(self) -> str:
+        """A sentence about documents that were skipped or dropped; empty if there are none to speak of."""
+        return about_left_out(self.facts, "documents")
 
     def _too_few(self, split: str, length: int) -> str:
         """That a split has too few tokens for one block of `length`, and what helps."""

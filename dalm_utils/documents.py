@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import functools
-import glob
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -14,8 +14,9 @@ import os
 import re
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
@@ -35,20 +36,25 @@ PACKAGES = {  # texts that need no download: the docstrings of packages that are
     "mathematics": ("sympy", "networkx", "numpy"),
 }  # fmt: skip
 TEXT_FILES = (".txt", ".md", ".rst", ".tex")
+OTHER_DATA = (".json", ".csv", ".tsv", ".gz", ".zst", ".xz", ".bz2", ".zip", ".arrow")  # which a folder may hold unread
 ABOUT = ("readme", "license", "licence", "notice", "citation", "changelog")  # files about a dataset, not of it
 MIN_CHARACTERS = 200  # of a docstring; shorter ones say too little to learn from
 FILES = 100  # parsed by each process: enough that starting it costs little
 MIN_WORDS = 50  # of a text, and for each number in it: with fewer, `content_of` compares more than words
+MIN_LETTERS = 4  # for each sign or digit, likewise
 HELD_OUT = {"validation": 2, "test": 2}  # percent of the documents
 FEW = 1000  # documents; fewer may leave a split of 2% empty by chance
 SPLITS = ("train", "validation", "test")
 SKIP_LIMIT = 100  # more lines or files that cannot be read than this, and than this fraction of all, are an error
 SKIP_FRACTION = 0.01
+ENDS = 64 * 2**10  # bytes at either end of a file that identify it, beside its name, size and time
+LONGEST_NAME = 128  # bytes of a text's name in the names of files, which may have 255
 LONGEST_LINE = 4 * 2**20  # bytes; a longer one is damaged or no document, and tokenizing takes 130 times its size
 ROWS = 1000  # of a parquet file, held at once
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # the first bytes of such a file
 AN_ARRAY = "a JSON array; write one object a line (jq -c '.[]' FILE > lines.jsonl)"
-RULES = 2  # of reading files and hubs: raise it when the same source gives other documents, and all is prepared anew
+LFS_POINTER = b"version https://git-lfs"  # how the file begins that Git puts in the place of a large one
+RULES = 3  # of reading files and hubs: raise it when the same source gives other documents, and all is prepared anew
 
 
 # -------------------------------------------------------------------------------------------------- read
@@ -86,6 +92,27 @@ class Skips:
         return "; ".join(told) or "none"
 
 
+def about_left_out(facts: dict, kind: str) -> str:
+    """A sentence about what of a prepared text was skipped or dropped; empty if that is nothing, or to be expected.
+
+    Args:
+        facts: those of the text; docstrings, which repeat each other, always have copies.
+        kind: of what it is made: "documents" or "pairs".
+    """
+    counts, copies = dict(facts["skipped"]), 0 if facts["name"] in PACKAGES else facts.get("copies", 0)
+    left_out = sum(counts.values()) + copies
+    if not left_out:
+        return ""
+    told = [f"{count:,} {reason}" for reason, count in counts.items()]
+    if told:
+        reason = next(iter(counts))
+        told[0] += f" (the first at {facts['skipped_at'][0].removesuffix(f': {reason}')})"
+    if copies:
+        told.append(f"{copies:,} copies")
+    total = left_out + sum(facts["documents"].values())
+    return f"{left_out:,} of {total:,} {kind} of {facts['name']!r} are left out: {', '.join(told)}"
+
+
 class MissingField(ValueError):
     """A record without the field that holds the text; `fields` are those that it has."""
 
@@ -104,7 +131,8 @@ def documents(source: str, field: str = "text", skips: Skips | None = None) -> I
         field: the field of a JSON line or parquet row that holds the text: a string, or a list of strings, which
             become lines. Where a record has no "text", its "article" is taken; the arXiv set knows its own field.
         skips: counts what was skipped (a line that is not a JSON object, a missing field, an empty document,
-            bytes that are not UTF-8, a file that cannot be opened, a line of more than `LONGEST_LINE` bytes).
+            bytes that are not UTF-8, a file that cannot be opened, a Git-LFS pointer, a line of more than
+            `LONGEST_LINE` bytes).
 
     Raises:
         FileNotFoundError, ConnectionError, ValueError: no such source, or nothing in it that can be read.
@@ -117,8 +145,11 @@ def documents(source: str, field: str = "text", skips: Skips | None = None) -> I
     yield from (text for _, text in _parsed(opened, parse, skips))
 
 
-def records(source: str, skips: Skips) -> Iterator[tuple[str, dict]]:
+def records(source: str, fields: Collection[str], skips: Skips) -> Iterator[tuple[str, dict]]:
     """The records of a .jsonl or .parquet file, or of a folder of .parquet files, each with its place, in order.
+
+    Args:
+        fields: those that are read of a .parquet file; the others are None.
 
     Raises:
         FileNotFoundError, ValueError: as `documents`; or a source of texts, which has no records.
@@ -130,7 +161,7 @@ def records(source: str, skips: Skips) -> Iterator[tuple[str, dict]]:
     parquet = _ending(files[0]) == ".parquet"
     if not parquet and not path.is_file():
         raise ValueError(f"{source!r} is a folder of texts without records; give a .jsonl or .parquet file")
-    opened: Iterator[tuple[str, int, Any]] = _rows_on_disk(files, "") if parquet else _numbered_lines(path)
+    opened: Iterator[tuple[str, int, Any]] = _rows_on_disk(files, fields) if parquet else _numbered_lines(path)
     yield from _parsed(opened, _record, skips)
 
 
@@ -155,7 +186,8 @@ def _open(source: str, field: str) -> tuple[Iterator[tuple[str, int, Any]], Call
     path = _locate(source)
     files = _files(path)
     if _ending(files[0]) == ".parquet":
-        return _rows_on_disk(files, field), partial(_text_of, field=field)
+        fields = (field, arxiv.FIELD) if field == "text" else (field,)
+        return _rows_on_disk(files, fields), partial(_text_of, field=field)
     if path.is_file():
         return _numbered_lines(path), partial(_text_of, field=field)
     return ((file.relative_to(path).as_posix(), file.stat().st_size, file) for file in files), _parse_file
@@ -180,12 +212,24 @@ def _files(path: Path) -> list[Path]:
     """The files of a source on disk, all of one kind, in order."""
     if path.is_file():
         if _ending(path) not in (".jsonl", ".json", ".parquet"):
-            raise ValueError(f"{str(path)!r} is neither a .jsonl or .parquet file nor a folder")
+            raise ValueError(
+                f"{str(path)!r} is neither a .jsonl or .parquet file nor a folder: put texts into a folder, one "
+                "document a file (a book cut into chapters); decompress what is compressed (zcat x.jsonl.gz > x.jsonl)"
+            )
         return [path]
-    tables, lines, texts = (
-        sorted(file for file in path.rglob("*") if _ending(file) in endings and file.is_file())
-        for endings in ((".parquet",), (".jsonl",), TEXT_FILES)
+    if not path.is_dir():  # such as a pipe, which could not be read twice
+        raise ValueError(f"{str(path)!r} is neither a file nor a folder; write what it gives to a .jsonl file first")
+    found = _below(path)
+    tables, lines, texts, others = (
+        [file for file in found if _ending(file) in endings and file.is_file()]
+        for endings in ((".parquet",), (".jsonl",), TEXT_FILES, OTHER_DATA)
     )
+    only_about = all(file.stem.lower() in ABOUT for file in texts)
+    if others and only_about and not (tables or lines):
+        raise ValueError(
+            f"the folder {str(path)!r} holds {others[0].name}, which is not read; decompress it, or write one JSON "
+            "object a line to a .jsonl file, and give that by its path"
+        )
     if tables or lines:
         texts = [file for file in texts if file.stem.lower() not in ABOUT]
     kinds = [files for files in (tables, lines, texts) if files]
@@ -201,11 +245,30 @@ def _files(path: Path) -> list[Path]:
     return kinds[0]
 
 
+def _below(folder: Path) -> list[Path]:
+    """All files of a folder and of those in it, in order, but the hidden ones: older copies, caches, environments."""
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(
+            f"the folder {error.filename!r} cannot be read ({error.strerror}); permit it, or move that folder elsewhere"
+        ) from error
+
+    def is_shown(name: str) -> bool:
+        return not name.startswith(".") and name != "__MACOSX"
+
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = filter(is_shown, folders)
+        found += (Path(place, name) for name in filter(is_shown, names))
+    return sorted(found)
+
+
 def _numbered_lines(path: Path) -> Iterator[tuple[str, int, bytes]]:
     """Each line with its place and size; of one that is too long at most `LONGEST_LINE` + 1 bytes are held."""
     with path.open("rb") as file:
         if file.peek(2)[:2] in UTF_16:
             raise ValueError(f"{str(path)!r} is UTF-16, not UTF-8; convert it (iconv -f UTF-16 -t UTF-8)")
+        _refuse_pointer(path, file.peek(100))
         start = file.peek(100).removeprefix(codecs.BOM_UTF8).lstrip()
         if start.startswith(b"[\n") or (start.startswith(b"[") and _ending(path) == ".json"):
             raise ValueError(f"{str(path)!r} is {AN_ARRAY}")
@@ -220,35 +283,55 @@ def _numbered_lines(path: Path) -> Iterator[tuple[str, int, bytes]]:
             yield f"{path.name}:{number}", size, line
 
 
-def _rows_on_disk(files: list[Path], field: str) -> Iterator[tuple[str, int, dict | bytes]]:
+def _refuse_pointer(path: Path, start: bytes) -> None:
+    if start.startswith(LFS_POINTER):
+        raise ValueError(f"{str(path)!r} is a Git-LFS pointer, not the file; fetch that (git lfs pull)")
+
+
+def _rows_on_disk(files: list[Path], fields: Collection[str]) -> Iterator[tuple[str, int, dict | bytes]]:
+    """The rows of parquet files, read `ROWS` at a time, and only in these fields: the others are None."""
+    from pyarrow.parquet import ParquetFile
+
+    def rows(file: Path) -> Iterator[dict]:
+        with ParquetFile(file) as opened:
+            names = opened.schema_arrow.names
+            for batch in opened.iter_batches(ROWS, columns=[name for name in names if name in fields]):
+                yield from (dict.fromkeys(names) | row for row in batch.to_pylist())
+
     for file in files:
         if not file.stat().st_size:
             yield file.name, 0, b""
             continue
+        with file.open("rb") as opened:
+            _refuse_pointer(file, opened.read(100))
         try:
-            yield from _parquet_rows(glob.escape(str(file)), field, file.name)  # a name may look like a pattern
-        except Exception as error:  # of pyarrow or datasets
+            yield from _numbered_rows(rows(file), fields, file.name)
+        except Exception as error:  # of pyarrow
             raise ValueError(f"{str(file)!r} cannot be read as parquet: {error}") from error
 
 
 def _arxiv_rows(wanted: arxiv.ArxivSet) -> Iterator[tuple[str, int, dict]]:
     try:
         for file in wanted.files():
-            yield from _parquet_rows(file, arxiv.FIELD, file.rpartition("/")[2])
+            yield from _numbered_rows(_streamed_rows(file), (arxiv.FIELD,), file.rpartition("/")[2])
     except Exception as error:  # each hub client has errors of its own; all of them mean "not from here"
         raise wanted.unreachable(error) from error
 
 
-def _parquet_rows(file: str, field: str, name: str) -> Iterator[tuple[str, int, dict]]:
-    """The rows of one parquet file, a pattern of paths or an address, read `ROWS` at a time."""
+def _streamed_rows(address: str) -> Iterable[dict]:
+    """The rows of one parquet file on a hub, read `ROWS` at a time."""
     from datasets import load_dataset  # takes seconds to import
 
     # without a batch_size it is the length of the first row group, which may be 0
-    rows = load_dataset("parquet", data_files=file, split="train", streaming=True, batch_size=ROWS)
+    return load_dataset("parquet", data_files=address, split="train", streaming=True, batch_size=ROWS)
+
+
+def _numbered_rows(rows: Iterable[dict], fields: Iterable[str], name: str) -> Iterator[tuple[str, int, dict]]:
+    """Each row of the file of this name with its place, and the size of its text."""
     for number, row in enumerate(rows, 1):
-        text = row.get(field)
-        lines = text if isinstance(text, list) else [text]
-        yield f"{name}:{number}", sum(len(x) for x in lines if isinstance(x, str)), row
+        texts = (row.get(field) for field in fields)
+        lines = itertools.chain.from_iterable(text if isinstance(text, list) else [text] for text in texts)
+        yield f"{name}:{number}", sum(len(x) for x in lines if isinstance(x, str | bytes)), row
 
 
 def _parse_file(file: Path) -> str:
@@ -257,6 +340,8 @@ def _parse_file(file: Path) -> str:
             raw = opened.read(LONGEST_LINE + 1)  # enough to tell that it is too long
     except OSError as error:
         raise ValueError(f"cannot be opened: {error.strerror}") from None
+    if raw.startswith(LFS_POINTER):
+        raise ValueError("a Git-LFS pointer, not the file (git lfs pull)")
     return _parse_text(raw)
 
 
@@ -269,7 +354,7 @@ def _parse_text(raw: bytes) -> str:
     try:
         text = raw.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
-        raise ValueError("not UTF-8") from None
+        raise ValueError("not UTF-8 (convert it, as by iconv -f WINDOWS-1252 -t UTF-8)") from None
     if not text:
         raise ValueError("empty document")
     return text
@@ -300,6 +385,8 @@ def _text_of(raw: dict | bytes, field: str) -> str:
     text = record[field]
     if isinstance(text, list) and all(isinstance(line, str) for line in text):
         text = "\n".join(text)
+    if isinstance(text, bytes):  # a parquet file may not say that they are UTF-8
+        return _parse_text(text)
     if not isinstance(text, str):
         raise ValueError(f"field {field!r} is not a string")
     return _parse_text(text.encode("utf-8", "replace"))
@@ -350,20 +437,42 @@ def _docstrings_of(files: list[str]) -> list[str]:
 
 
 def identify(source: str, field: str) -> dict:
-    """What a text made from a source depends on: versions of packages, a hub's revision, or names, sizes and times."""
+    """What a text made from a source depends on: versions of packages, a hub's revision, or the files on disk."""
+    wanted = arxiv.ArxivSet.parse(source)
+    if (source in PACKAGES or wanted) and os.path.exists(source):
+        _say_which(source)
     if source in PACKAGES:
         return {name: _version_of(name) for name in PACKAGES[source]}
-    wanted = arxiv.ArxivSet.parse(source)
     if wanted:
         return {**vars(wanted), "rules": RULES}
     path = _locate(source)
-    stats = [(p.relative_to(path.parent).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in _files(path)]
-    return {"field": field, "files": digest(json.dumps(stats)), "name": path.name, "rules": RULES}
+    files = [(file.relative_to(path.parent).as_posix(), *_marks(file)) for file in _files(path)]
+    return {"field": field, "files": digest(json.dumps(files)), "name": path.name, "rules": RULES}
+
+
+@functools.cache  # so that it is said once
+def _say_which(source: str) -> None:
+    print(
+        f"{source!r} is a text that this project brings; for the file or folder of that name write './{source}'",
+        file=sys.stderr,
+    )
+
+
+def _marks(file: Path) -> tuple[int, int, str]:
+    """Size, time, and a hash of both ends of a file; of one that cannot be opened, that of nothing."""
+    stat, ends = file.stat(), b""
+    with contextlib.suppress(OSError), file.open("rb") as opened:
+        ends = opened.read(ENDS)
+        opened.seek(max(0, stat.st_size - ENDS))
+        ends += opened.read(ENDS)
+    return stat.st_size, stat.st_mtime_ns, hashlib.blake2b(ends, digest_size=16).hexdigest()
 
 
 def short_name(source: str) -> str:
-    """A source's name without path, ending, hub and shards."""
-    return "arxiv" if arxiv.ArxivSet.parse(source) else Path(source).stem
+    """A source's name without path, ending, hub and shards; of a long one what leaves room in the name of a file."""
+    if arxiv.ArxivSet.parse(source):
+        return "arxiv"
+    return os.fsencode(Path(source).stem)[:LONGEST_NAME].decode(errors="ignore")
 
 
 def size_of(source: str) -> int | None:
@@ -379,6 +488,8 @@ _ASCII_LETTERS, _ASCII_DIGITS = (  # for bytes.translate: all other characters b
     bytes(byte if belongs(chr(byte)) else ord(" ") for byte in range(128)).ljust(256)
     for belongs in (str.isalpha, str.isdigit)
 )
+_NO_SIGNS = "LMZC"  # the first letters of Unicode's categories of letters, marks on them, space and what is not seen
+_ASCII_NO_SIGNS = bytes(byte for byte in range(128) if unicodedata.category(chr(byte))[0] in _NO_SIGNS)
 
 
 @functools.lru_cache(maxsize=1)  # called twice in a row for each document: is it a copy, and which split is it in
@@ -432,31 +543,36 @@ class SplitRule(NamedTuple):
 BY_WORDS = SplitRule("words", split_of)
 
 
-def split_few(texts: Iterable[str]) -> SplitRule:
-    """The rule for a text of which `BY_WORDS` leaves a split empty.
+def split_few(
+    texts: Iterable[str], content: Callable[[str], str] = normalize, names: tuple[str, str] = ("words", "text")
+) -> SplitRule:
+    """The rule for a text of which a hash of the documents' content leaves a split empty.
 
-    Each held-out split gets a tenth of the documents, at least one, by the rank of the hashes of their words, and
-    documents with the same words stay together. Where that leaves a split empty, most documents share their words
-    and differ in numbers: then the exact texts count, by rank in a text of few documents, by `HELD_OUT` in others.
-    Of two documents one is for training and one for validation.
+    Each held-out split gets a tenth of the documents, at least one, by the rank of the hashes of their content, and
+    documents with the same content stay together. Where that leaves a split empty, most documents share their content,
+    such as the words around different numbers: then the exact texts count, each once, by rank if there are few, by
+    `HELD_OUT` if there are many. Of two documents one is for training and one for validation.
+
+    Args:
+        content: what documents must share to stay together.
+        names: of the content and of the exact text, for the name of the rule.
     """
-    same_words: Counter[str] = Counter()
-    exact: list[str] = []
+    same_content: Counter[str] = Counter()
+    exact: dict[str, int] = {}
     for text in texts:
-        same_words[digest(normalize(text))] += 1
+        same_content[digest(content(text))] += 1
         if len(exact) < FEW:
-            exact.append(digest(text))
-    documents = same_words.total()
-    by_words = held_out_by_rank(same_words)
-    if len(set(by_words.values())) == min(documents, len(SPLITS)) - 1:
-        return SplitRule("rank of words", lambda text: by_words.get(digest(normalize(text)), "train"))
-    if documents >= FEW:
-        return SplitRule("text", lambda text: split_at(digest(text)))
-    by_text = held_out_by_rank(Counter(exact))
-    return SplitRule("rank of text", lambda text: by_text.get(digest(text), "train"))
+            exact[digest(text)] = 1
+    by_content = _held_out_by_rank(same_content)
+    if len(set(by_content.values())) == min(same_content.total(), len(SPLITS)) - 1:
+        return SplitRule(f"rank of {names[0]}", lambda text: by_content.get(digest(content(text)), "train"))
+    if len(exact) == FEW:
+        return SplitRule(names[1], lambda text: split_at(digest(text)))
+    by_text = _held_out_by_rank(exact)
+    return SplitRule(f"rank of {names[1]}", lambda text: by_text.get(digest(text), "train"))
 
 
-def held_out_by_rank(sizes: dict[str, int]) -> dict[str, str]:
+def _held_out_by_rank(sizes: dict[str, int]) -> dict[str, str]:
     """The split of each hash that is held out. `sizes` counts the documents of each, which go together."""
     documents, splits = sum(sizes.values()), {}
     for split, needed in (("validation", 2), ("test", 3)):
@@ -498,14 +614,16 @@ def _drop_copies(texts: Iterable[str], skips: Skips) -> Iterator[str]:
 def content_of(text: str) -> str:
     """What two documents share if one of them is a copy.
 
-    The words, where they say nearly everything; with more than one number in `MIN_WORDS` words everything but case
-    and layout; and a text of fewer words, such as a formula, as it stands.
+    The words, where they say nearly everything; with more than one number in `MIN_WORDS` words, or one sign in
+    `MIN_LETTERS` letters, everything but case and layout; and a text of fewer words, such as a formula, as it stands.
     """
     words = normalize(text)
     count = words.count(" ") + 1
     if count < MIN_WORDS:
         return text
-    return words if count >= MIN_WORDS * _numbers(text) else " ".join(text.lower().split())
+    letters = len(words) - count + 1
+    is_prose = count >= MIN_WORDS * _numbers(text) and letters >= MIN_LETTERS * _signs(text)
+    return words if is_prose else " ".join(text.lower().split())
 
 
 def _numbers(text: str) -> int:
@@ -513,3 +631,10 @@ def _numbers(text: str) -> int:
     if text.isascii():  # as in `normalize`
         return len(text.encode().translate(_ASCII_DIGITS).split())
     return len(re.findall(r"\d+", text))
+
+
+def _signs(text: str) -> int:
+    """How many digits and other visible characters it has that are neither letters nor marks on letters."""
+    if text.isascii():
+        return len(text.encode().translate(None, _ASCII_NO_SIGNS))
+    return sum(n for sign, n in Counter(text).items() if unicodedata.category(sign)[0] not in _NO_SIGNS)

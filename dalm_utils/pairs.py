@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import hashlib
 import itertools
@@ -28,19 +29,27 @@ from .documents import (
     MissingField,
     Skips,
     SplitRule,
+    about_left_out,
     content_of,
     digest,
-    held_out_by_rank,
     identify,
     records,
     split_at,
+    split_few,
 )
 from .tokens import MASK, begin_id, decode, encode, token_ids, tokenizer_digest
 
-VERSION = 1  # of this file's output: raise it when a change alters what is written
+VERSION = 2  # of this file's output: raise it when a change alters what is written
 FORMS = (("prompt", "response"), ("messages",))  # the fields that are looked for when none are named
 PROMPT, ANSWER, END = range(3)  # the role of a token; END is an answer's, too, and ends the pair
 BATCH = 1000  # pairs that are tokenized together
+TODAY = datetime.date(2024, 7, 26)  # for templates that print the date: a text must be the same every day
+CODES = ("%a", "%A", "%b", "%B", "%d", "%-d", "%m", "%-m", "%y", "%Y", "%j", "%H", "%I", "%M", "%S", "%p")
+CLOCK = (  # put before a template, it replaces the function `strftime_now` of transformers, which asks the machine
+    "{% macro strftime_now(form) %}{{ form"
+    + "".join(f" | replace('{code}', '{TODAY.strftime(code)}')" for code in CODES)
+    + " }}{% endmacro +%}"
+)
 
 
 class Pair(NamedTuple):
@@ -152,6 +161,10 @@ class PairCorpus:
         named = ", ".join(f"{word!r} in {count}" for word, count in spelled.items())
         return named and f"special tokens named by pairs are read as letters: {named}; write chats as `messages`"
 
+    def about_left_out(self) -> str:
+        """A sentence about pairs that were skipped or dropped, whatever the length; empty if there are none."""
+        return about_left_out(self.facts, "pairs")
+
     def pairs(self, split: str, length: int, limit: int | None = None) -> Pairs:
         """The pairs of a split ("train", "validation" or "test") that fit into `length` tokens.
 
@@ -197,7 +210,7 @@ def read_pairs(
     """
     skips = Skips() if skips is None else skips
     fields, seen = None, set()
-    for place, record in records(source, skips):
+    for place, record in records(source, _columns(field), skips):
         fields = fields or _fields_of(record, field, tokenizer, place)
         if field == RunConfig.field and _forms_in(record) not in ([], [fields]):
             raise ValueError(
@@ -222,12 +235,17 @@ def is_pairs(source: str, field: str = RunConfig.field) -> bool:
     if "," in field:
         return True
     with contextlib.suppress(ValueError, FileNotFoundError):
-        for _, record in records(source, Skips()):
+        for _, record in records(source, _columns(field), Skips()):
             if field != RunConfig.field:
                 turns = record.get(field)
                 return isinstance(turns, list) and bool(turns) and all(isinstance(turn, dict) for turn in turns)
             return bool(_forms_in(record)) and field not in record
     return False
+
+
+def _columns(field: str) -> set[str]:
+    """The fields that a pair may have."""
+    return set(itertools.chain(*FORMS)) if field == RunConfig.field else {name.strip() for name in field.split(",")}
 
 
 def _forms_in(record: dict) -> list[tuple[str, ...]]:
@@ -335,7 +353,12 @@ def _special_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], ask: bool) -> str:
     """The text of a conversation; `ask` adds what comes before the next answer."""
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+        template = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            template = CLOCK + template
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=ask
+        )
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template refuses it: {error}") from None
 
@@ -376,22 +399,16 @@ def load_pairs(
 
 
 def _write(folder: Path, source: str, field: str, tokenizer: PreTrainedTokenizerBase, facts: dict) -> None:
-    """Write the tokens of each split and facts.json. A hash may leave a split of few pairs empty; they go by rank."""
+    """Write the tokens of each split and facts.json. Few pairs, or prompts that share their words, go by rank."""
     made = _tokenize(folder, source, field, tokenizer, BY_PROMPT)
     if sum(made["documents"].values()) < FEW or not all(made["documents"].values()):
-        keys = Counter({_key(pair.pieces[0][0]): 1 for pair in read_pairs(source, tokenizer, field)})
-        ranked = held_out_by_rank(keys)
-        rule = SplitRule("rank of prompt", lambda prompt: ranked.get(_key(prompt), "train"))
+        prompts = (pair.pieces[0][0] for pair in read_pairs(source, tokenizer, field))
+        rule = split_few(prompts, content_of, ("prompt", "exact prompt"))
         made = _tokenize(folder, source, field, tokenizer, rule)
     (folder / "facts.json").write_text(json.dumps({**facts, "name": source, **made}, indent=1))
 
 
-def _key(prompt: str) -> str:
-    """The same for equal prompts, and for those that would be copies as documents."""
-    return digest(content_of(prompt))
-
-
-BY_PROMPT = SplitRule("prompt", lambda prompt: split_at(_key(prompt)))
+BY_PROMPT = SplitRule("prompt", lambda prompt: split_at(digest(content_of(prompt))))  # copies stay together
 
 
 def _tokenize(folder: Path, source: str, field: str, tokenizer: PreTrainedTokenizerBase, rule: SplitRule) -> dict:

@@ -66,7 +66,7 @@ class Task:
         raise NotImplementedError
 
     def load(self) -> None:
-        """Read the text: set `train`, `held_out` and `digest`."""
+        """Read the text: set `train`, `held_out`, `digest` and `notes`."""
         config = self.config
         try:
             corpus = load_corpus(config.text, self.tokenizer, field=config.field)  # one process prepares it
@@ -79,6 +79,7 @@ class Task:
         self.train = corpus.blocks("train", config.length, config.train_blocks)
         self.held_out = corpus.blocks("validation", config.length, config.eval_blocks)
         self.digest = corpus.facts["digest"]
+        self.notes = tuple(filter(None, [corpus.about_left_out()]))
 
     def block_indices(self, step: int) -> list[int]:
         """The training blocks in the global batch of a step; every epoch is in a new random order."""
@@ -191,7 +192,7 @@ class OnPairs(Task):
         self.digest = corpus.facts["digest"]
         splits = {"training": self.train, "validation": self.held_out}
         dropped = (pairs.about_dropped(self.tokenizer, name) for name, pairs in splits.items())
-        self.notes = tuple(filter(None, (corpus.about_spelled(), *dropped)))
+        self.notes = tuple(filter(None, (corpus.about_left_out(), corpus.about_spelled(), *dropped)))
 
     def sequences(self, step: int) -> Sequences:
         tokens, answers, real = self.train[self.block_indices(step)]

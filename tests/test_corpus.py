@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dalm_utils import corpus
-from dalm_utils.corpus import Blocks, load_corpus
+from dalm_utils.corpus import Blocks, Corpus, load_corpus
 from dalm_utils.documents import SPLITS, identify
 from dalm_utils.hubs import BASES
 from dalm_utils.tokens import encode
@@ -269,6 +269,30 @@ def test_a_text_is_made_anew_when_its_field_its_file_or_its_packages_change(tmp_
     now = {text: identify(text, "text") for text in ("docstrings", "mathematics")}
     monkeypatch.setattr("importlib.metadata.version", lambda name: "99")
     assert all(identify(text, "text") != installed for text, installed in now.items())
+
+
+def test_documents_that_were_left_out_are_said_in_one_sentence(tmp_path):
+    source = write_lines(tmp_path / "t.jsonl", [*MANY, b"{", *MANY[:2], b"", b"{"])
+    made = load_corpus(source, tiny_tokenizer(), cache=tmp_path / "cache")
+    first = f"t.jsonl:{len(MANY) + 1}"
+    assert made.about_left_out() == (
+        f"5 of {len(MANY) + 5} documents of {source!r} are left out: 2 not JSON (the first at {first}), 1 empty "
+        "document, 2 copies"
+    )
+    whole = load_corpus(write_lines(tmp_path / "whole.jsonl", MANY), tiny_tokenizer(), cache=tmp_path / "cache")
+    assert whole.about_left_out() == ""
+
+
+def test_near_copies_among_docstrings_are_to_be_expected_and_not_said(tmp_path):
+    facts = {"name": "docstrings", "skipped": {}, "skipped_at": [], "copies": 9_000, "documents": {"train": 18_000}}
+    assert Corpus(tmp_path, facts, 0).about_left_out() == ""
+
+
+@pytest.mark.parametrize("letter", ["x", "é"])
+def test_a_file_may_have_the_longest_name_there_is(tmp_path, letter):
+    stem = letter * (249 // len(letter.encode()))  # with its ending nearly 255 bytes
+    made = load_corpus(write_lines(tmp_path / f"{stem}.jsonl", MANY), tiny_tokenizer(), cache=tmp_path / "cache")
+    assert made.folder.name.startswith(letter * 64) and made.facts["name"].endswith(f"{stem}.jsonl")
 
 
 def test_ids_beyond_16_bits_are_kept(tmp_path):

@@ -18,8 +18,11 @@ from dalm_utils.corpus import load_corpus
 from dalm_utils.documents import LONGEST_LINE, Skips, documents, drop_near_copies, split_of
 from tests.helpers import PATIENCE, TEXTS, number_word, tiny_tokenizer
 
+NOT_UTF_8 = "not UTF-8 (convert it, as by iconv -f WINDOWS-1252 -t UTF-8)"
+
 
 def write_lines(path, lines):
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines))
     return str(path)
 
@@ -41,7 +44,7 @@ def test_json_lines_with_every_kind_of_damage_are_counted_and_placed(tmp_path):
     assert list(documents(source, "article", skips)) == ["one", "two"]
     assert skips.reasons == {
         "not JSON": 3, "no field 'article'": 1, "field 'article' is not a string": 1, "empty document": 2,
-        "not UTF-8": 1, "not a JSON object": 2, module.AN_ARRAY: 1,
+        NOT_UTF_8: 1, "not a JSON object": 2, module.AN_ARRAY: 1,
     }  # fmt: skip
     assert skips.places[0] == "papers.jsonl:2: not JSON"
 
@@ -141,8 +144,50 @@ def test_a_folder_of_text_files(tmp_path):
     skips = Skips()
     assert list(documents(str(tmp_path), skips=skips)) == ["alpha", "beta"]
     assert skips.places == [
-        "c.txt: not UTF-8", "d.txt: empty document", "e.txt: longer than 4 MiB (cut it into documents)",
+        f"c.txt: {NOT_UTF_8}", "d.txt: empty document", "e.txt: longer than 4 MiB (cut it into documents)",
     ]  # fmt: skip
+
+
+def test_hidden_files_and_folders_are_not_read(tmp_path):
+    """As notebooks and Macs leave older versions of a text, and environments the licenses of others."""
+    (tmp_path / "a.txt").write_text("alpha")
+    for name in (".ipynb_checkpoints/a-checkpoint.txt", "b/.venv/c/d.txt", "__MACOSX/._a.txt", ".e.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("older")
+    assert list(documents(str(tmp_path))) == ["alpha"]
+    assert list(documents(str(tmp_path / "b" / ".venv"))) == ["older"]  # unless it is named itself
+
+
+def test_a_folder_that_may_not_be_read_is_an_error_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the folders above may be closed to other users
+    (tmp_path / "a.txt").write_text("alpha")
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed" / "b.txt").write_text("beta")
+    assert list(documents(".")) == ["alpha", "beta"]
+    tmp_path.chmod(0o755)
+    (tmp_path / "closed").chmod(0)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)  # root may read everything
+        with pytest.raises(ValueError, match=r"'\./closed' cannot be read \(Permission denied\); permit it, or move"):
+            list(documents("."))
+    finally:
+        os.seteuid(user)
+        (tmp_path / "closed").chmod(0o755)
+
+
+def test_a_git_lfs_pointer_is_not_taken_for_the_file(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    for name in ("a.txt", "b.parquet", "c.jsonl"):
+        (tmp_path / name.split(".")[1]).mkdir()
+        (tmp_path / name.split(".")[1] / name).write_text(pointer)
+    skips = Skips()
+    assert not list(documents(str(tmp_path / "txt"), skips=skips))
+    assert skips.places == ["a.txt: a Git-LFS pointer, not the file (git lfs pull)"]
+    for source in ("parquet", "parquet/b.parquet", "jsonl/c.jsonl"):
+        with pytest.raises(ValueError, match=r"'.*/[bc]\.\w+' is a Git-LFS pointer, .* \(git lfs pull\)"):
+            list(documents(str(tmp_path / source)))
 
 
 def test_a_file_that_cannot_be_opened_is_skipped_by_its_name(tmp_path, monkeypatch):
@@ -168,7 +213,11 @@ def test_a_file_that_cannot_be_opened_is_skipped_by_its_name(tmp_path, monkeypat
         ("loop.jsonl", "no text at"),
         ("x" * 300, "no text at"),
         ("nul\0.jsonl", "no text at"),
-        ("x.csv", "neither"),
+        (
+            "x.csv",
+            "neither a .jsonl or .parquet file nor a folder: put texts into a folder, one document a file .*zcat",
+        ),
+        ("pipe", "'.*pipe' is neither a file nor a folder; write what it gives to a .jsonl file"),
         ("empty", "has no .txt"),
         (
             "folder.jsonl",
@@ -178,6 +227,7 @@ def test_a_file_that_cannot_be_opened_is_skipped_by_its_name(tmp_path, monkeypat
 )
 def test_sources_that_are_none(tmp_path, name, message):
     (tmp_path / "x.csv").write_text("a,b")
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "empty").mkdir()
     (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
     (tmp_path / "folder.jsonl").mkdir()
@@ -223,6 +273,20 @@ def test_parquet_files_alone_and_in_a_folder(tmp_path):
     skips = Skips()
     assert not list(documents(numbers, skips=skips)) and skips.reasons == {"field 'text' is not a string": 2}
     assert list(documents(str(tmp_path / "set"))) == ["first\nsecond", *TEXTS]
+
+
+def test_of_a_parquet_file_only_what_is_asked_for_is_read_and_without_datasets(tmp_path, monkeypatch):
+    """Which does not know every type, and writes into the home folder."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    years = pyarrow.array([2**53] * 2, pyarrow.timestamp("ms"))  # beyond what Python's datetime holds
+    table = {"year": years, "a.b": ["first", "second"], "text": [b"caf\xc3\xa9", b"caf\xe9"]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "t.parquet")
+    skips = Skips()
+    assert list(documents(str(tmp_path), skips=skips)) == ["café"]
+    assert skips.places == [f"t.parquet:2: {NOT_UTF_8}"] and skips.bytes > 0
+    assert list(documents(str(tmp_path), "a.b")) == ["first", "second"]
+    skips = Skips()
+    assert not list(documents(str(tmp_path), "body", skips)) and skips.fields == list(table)
 
 
 def test_parquet_files_without_rows_are_read_as_such(tmp_path):
@@ -278,6 +342,34 @@ def test_normalising_ascii_quickly_changes_nothing():
     for text in (*TEXTS, everything, everything * 2, r"Let $\alpha_1 \in A$; @xmath0", "", "123"):
         assert module.normalize(text) == module.normalize(f"{text} É").removesuffix("é").rstrip()
     assert module.normalize("Naïve É_tude x2 中文") == "naïve é tude x 中文"
+
+
+def test_signs_are_counted_in_every_script():
+    everything = "".join(map(chr, range(128)))
+    for text, count in (("", 0), ("a+b = 12", 4), ("é नमस्ते ⠃⠗😀", 3), (everything, 42), (f"{everything}é", 42)):
+        assert module._signs(text) == count
+
+
+def test_documents_that_differ_in_signs_are_no_copies_of_each_other(tmp_path):
+    """Mazes, Morse, Braille, emoji, operators: the same words around signs of their own."""
+    rng = np.random.default_rng(0)
+    puzzles = [
+        f"{prose(0)} {kind} " + "".join(rng.choice(list(signs), 100)) + " end"
+        for kind, signs in (("maze", "#."), ("Morse", "-. "), ("Braille", "⠃⠗⠁"), ("emoji", "😀🙃"), ("sum", "+-*"))
+        for _ in range(20)
+    ]
+    skips = Skips()
+    source = write_lines(tmp_path / "p.jsonl", [{"text": text} for text in (*puzzles, *puzzles[:9])])
+    assert list(module.clean_documents(source, skips=skips)) == puzzles and skips.copies == 9
+
+
+@pytest.mark.parametrize(
+    "text", ["Let $\\alpha_1 \\in A$. ", "«Voilà», dit-il: ", "क्या यह एक प्रति है? ", "(see :func:`f`) "]
+)
+def test_prose_with_punctuation_and_formulas_is_a_copy_of_itself_in_other_signs(tmp_path, text):
+    document = f"{text}{prose(0)}"
+    source = write_lines(tmp_path / "p.jsonl", [{"text": document}, {"text": f"## {document.replace('.', ' !')} --"}])
+    assert len(list(module.clean_documents(source))) == 1
 
 
 def test_numbers_are_counted_in_every_script():
@@ -506,6 +598,42 @@ def test_a_folder_of_several_kinds_is_refused_and_not_read_in_part(tmp_path, nam
         (tmp_path / name).write_text(TEXTS[0])
     with pytest.raises(ValueError, match=message):
         list(documents(str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["train.jsonl.gz", "train.json", "train.CSV", "data-00000-of-00001.arrow"])
+def test_what_is_about_the_data_is_not_taken_for_them_where_they_cannot_be_read(tmp_path, name):
+    for about in ("README.md", "LICENSE.txt", "NOTICE.txt"):
+        (tmp_path / about).write_text(about)
+    assert len(list(documents(str(tmp_path)))) == 3  # a folder of nothing else is a text like any other
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / name).touch()
+    with pytest.raises(ValueError, match=f"holds {name}, which is not read; decompress it, or write one JSON object a"):
+        list(documents(str(tmp_path)))
+    (tmp_path / "data" / "a.txt").write_text("alpha")
+    assert "alpha" in list(documents(str(tmp_path)))
+
+
+@pytest.mark.parametrize("source", ["mathematics", "arxiv:2"])
+def test_a_folder_named_like_a_text_of_the_project_is_told_apart_once(tmp_path, monkeypatch, capsys, source):
+    monkeypatch.chdir(tmp_path)
+    module._say_which.cache_clear()
+    module.identify(source, "text")
+    assert capsys.readouterr().err == ""
+    (tmp_path / source).mkdir()
+    (tmp_path / source / "a.txt").write_text("alpha")
+    for _ in range(2):
+        module.identify(source, "text")
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and f"{source!r} is a text that this project brings" in told
+    assert list(documents(re.search("'(./.*)'", told)[1])) == ["alpha"]
+
+
+def test_files_of_one_name_size_and_time_are_told_apart(tmp_path):
+    sources = [write_lines(tmp_path / folder / "p.jsonl", [{"text": f"of {folder}"}]) for folder in "ab"]
+    for source in sources:
+        os.utime(source, (0, 0))
+    first, second = (module.identify(source, "text") for source in sources)
+    assert first != second and module.identify(sources[0], "text") == first
 
 
 @pytest.mark.parametrize("indent", [None, 1])

@@ -72,6 +72,23 @@ def test_train_evaluate_and_sample(workplace, capsys):
     assert "\n\n---\n\n".join(record["texts"]) == texts.removesuffix("\n") and 1 <= record["forward_passes"] <= 5
 
 
+@pytest.mark.parametrize("kind", ["documents", "pairs"])
+def test_train_and_evaluate_say_what_of_a_text_they_leave_out(workplace, capsys, kind):
+    text = workplace / ("texts" if kind == "documents" else "pairs.jsonl")
+    if kind == "documents":
+        for n in range(90):
+            (text / f"cafe-{n}.txt").write_bytes(b"caf\xe9")
+    else:
+        lines = [json.dumps({"prompt": f"{n} + {n} =", "response": f" {2 * n}"}).encode() for n in range(192)]
+        text.write_bytes(b"\n".join([*lines, *[b'{"prompt": "caf\xe9"}'] * 90]))
+    settings = ["steps=2", "warmup_steps=1", "anneal_steps=1", "sample_every=0"]
+    objective = "diffusion" if kind == "documents" else "finetune"
+    assert main(["train", "gpt2", "name=cli", f"text={text}", f"objective={objective}", *settings]) == 0
+    assert main(["evaluate", str(workplace / "runs" / "cli" / "best"), "--blocks", "2"]) == 0
+    told = f"90 of 282 {kind} of {str(text)!r} are left out: 90 not UTF-8 (convert it, as by iconv"
+    assert capsys.readouterr().err.count(told) == 2
+
+
 def table_of(shown):
     """A printed table: for each name the figure, and what is beside it."""
     rows = re.findall(r"^ +(\w+)  (\S+)(?: \+- \S+)?(?: +(\S.*))?$", shown, re.MULTILINE)
@@ -200,6 +217,22 @@ def test_the_base_of_a_run_judges_what_its_model_generates(trained, workplace, c
     capsys.readouterr()
     for model in (trained / "best", trained.with_name("more") / "best"):
         assert evaluation(capsys, model, "--quality", "2")["judge"] == str(workplace / "base")
+
+
+def test_many_texts_are_generated_a_few_at_a_time_and_few_as_ever(trained, capsys, monkeypatch):
+    kept, generate = [], sampling.generate
+
+    def generate_and_keep(*given, **options):
+        kept.append(generate(*given, **options).tokens)
+        return SimpleNamespace(tokens=kept[-1])
+
+    monkeypatch.setattr(sampling, "generate", generate_and_keep)
+    capsys.readouterr()
+    assert evaluation(capsys, trained / "best", "--quality", "33")["written_perplexity"] > 0
+    model, tokenizer = load_diffusion(trained / "best")
+    assert [len(tokens) for tokens in kept] == [32, 1]
+    assert kept[0].equal(generate(model, tokenizer, length=15, num_samples=32).tokens)
+    assert not kept[1].equal(kept[0][:1])
 
 
 @pytest.mark.parametrize(

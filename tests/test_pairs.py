@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from dalm_utils.documents import SPLITS, Skips
 from dalm_utils.pairs import Pairs, chat_prompt, is_pairs, load_pairs, read_pairs
@@ -227,6 +228,31 @@ def test_equal_prompts_lie_in_one_split_and_every_split_has_pairs(tmp_path, coun
     assert len(splits) == count and all(len(where) == 2 and len(set(where)) == 1 for where in splits.values())
 
 
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_prompts_that_share_their_words_are_held_out_by_the_tenth(tmp_path, prompts):
+    """As where a long system prompt comes before a short question."""
+    lines = [
+        {"prompt": f"{number_word(system)} " * 60 + f"Is {n} even?", "response": f" {answer}"}
+        for system in range(prompts) for n in range(100) for answer in ("yes", "no")
+    ]  # fmt: skip
+    tokenizer = tiny_tokenizer()
+    corpus = load_pairs(write_lines(tmp_path / "p.jsonl", lines), tokenizer, cache=tmp_path)
+    assert corpus.facts["split_by"] == "rank of exact prompt"
+    assert corpus.facts["documents"] == {"train": 160 * prompts, "validation": 20 * prompts, "test": 20 * prompts}
+    found = {
+        split: {tuple(prompt) for where, prompt, _ in all_pairs(corpus, 10**4) if where == split} for split in SPLITS
+    }
+    assert sum(map(len, found.values())) == len(set.union(*found.values())) == prompts * 100
+
+
+def test_a_prompt_with_many_answers_is_not_held_out_if_smaller_ones_fill_a_tenth(tmp_path):
+    lines = [
+        {"prompt": f"{number_word(n)} of", "response": f" {a}"} for n in range(9) for a in range(91 if n == 4 else 6)
+    ]
+    corpus = load_pairs(write_lines(tmp_path / "p.jsonl", lines), tiny_tokenizer(), cache=tmp_path)
+    assert corpus.facts["documents"] == {"train": 115, "validation": 12, "test": 12}
+
+
 def test_pairs_with_one_prompt_count_as_one_document(tmp_path):
     lines = [{"prompt": pair["prompt"], "response": f" {answer}"} for pair in PAIRS for answer in "abc"]
     pairs = load_pairs(write_lines(tmp_path / "p.jsonl", lines), tiny_tokenizer(), cache=tmp_path).pairs("train", 64)
@@ -314,6 +340,19 @@ def test_a_template_that_cannot_be_cut_into_turns_is_named(tmp_path, template, r
     source = write_lines(tmp_path / "c.jsonl", [{"messages": conversation("a", "b")}])
     with pytest.raises(ValueError, match=f"no pair to train on.*{reason}"):
         load_pairs(source, chat_tokenizer(template), cache=tmp_path)
+
+
+@pytest.mark.parametrize("form, date", [("%d %b %Y", "26 Jul 2024"), ("%A, %B %d, %Y", "Friday, July 26, 2024")])
+def test_a_template_that_prints_the_date_gives_the_same_text_every_day(tmp_path, monkeypatch, form, date):
+    """Llama's does, and a text that is prepared anew must be the one that a run began with."""
+    tokenizer = chat_tokenizer("{{ strftime_now('" + form + "') if strftime_now is defined }}\n" + CHAT)
+    turns = conversation("Return the sum", "of an array")
+    source = write_lines(tmp_path / "c.jsonl", [{"messages": turns}] * 2)
+    before = next(read_pairs(source, tokenizer)).pieces
+    monkeypatch.setattr(chat_template_utils, "datetime", None)
+    assert next(read_pairs(source, tokenizer)).pieces == before
+    assert before[0][0] == tokenizer.decode(chat_prompt(tokenizer, turns[:1]))
+    assert before[0][0].startswith(f"{date}\n<|im_start|>user")
 
 
 def test_a_prompt_for_a_chat_needs_a_template():

@@ -39,6 +39,17 @@ def test_what_is_no_solution_is_known(answer):
     assert is_solved(prompt, " 1 2 3 4 / 2 1 4 3 / 3 4 1 2 / 4 3 2 1") and not is_solved(prompt, answer)
 
 
+def test_more_puzzles_than_there_are_end_with_an_error_and_without_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(puzzles, "PATIENCE", 20)
+    out = tmp_path / "squares.jsonl"
+    monkeypatch.setattr(sys, "argv", ["puzzles", str(out), "--givens", "15"])
+    with pytest.raises(
+        ValueError, match=r"only \d,\d\d\d different puzzles with 15 givens were found; lower the count"
+    ):
+        puzzles.main()
+    assert not out.exists()
+
+
 def test_puzzles_are_written_to_a_new_file_only(tmp_path, monkeypatch, capsys):
     out = tmp_path / "squares.jsonl"
     monkeypatch.setattr(sys, "argv", ["puzzles", str(out), "--count", "12", "--givens", "9"])

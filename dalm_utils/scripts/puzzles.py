@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 SIZE = 4
+PATIENCE = 100_000  # draws without a new puzzle, after which there are hardly any left
 
 
 def latin_squares(size: int = SIZE) -> np.ndarray:
@@ -42,17 +43,23 @@ def puzzles(count: int, givens: int, seed: int = 0) -> Iterator[dict[str, str]]:
     """Different puzzles with this many cells given, each with exactly one completion.
 
     Raises:
-        ValueError: fewer than 4 cells or more than 15: of those no square is known, or nothing is left to find.
+        ValueError: fewer than 4 cells or more than 15: of those no square is known, or nothing is left to find; or
+            there are fewer puzzles than asked for, such as 9,216 of 15 cells.
     """
     if not 4 <= givens < SIZE * SIZE:
         raise ValueError(f"a square of {SIZE * SIZE} cells has one completion from 4 givens on, got {givens}")
     draws, squares = np.random.default_rng(seed), latin_squares()
     seen: set[str] = set()
+    in_vain = 0
     while len(seen) < count:
+        if in_vain == PATIENCE:
+            raise ValueError(f"only {len(seen):,} different puzzles with {givens} givens were found; lower the count")
+        in_vain += 1
         square = squares[draws.integers(len(squares))]
         given = draws.permutation(SIZE * SIZE)[:givens]
         puzzle = show(np.where(np.isin(np.arange(SIZE * SIZE), given), square, 0))
         if puzzle not in seen and (squares[:, given] == square[given]).all(1).sum() == 1:
+            in_vain = 0
             seen.add(puzzle)
             yield {"prompt": f"Square: {puzzle} =", "response": f" {show(square)}"}
 
@@ -80,9 +87,9 @@ def main() -> None:
     parser.add_argument("--givens", type=int, default=7, help="cells that are shown, of 16")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    with options.out.open("x") as file:
-        for puzzle in puzzles(options.count, options.givens, options.seed):
-            file.write(json.dumps(puzzle) + "\n")
+    lines = [json.dumps(puzzle) + "\n" for puzzle in puzzles(options.count, options.givens, options.seed)]
+    with options.out.open("x") as file:  # only now, so that a refusal leaves no file in the way
+        file.writelines(lines)
     print(f"{options.count:,} puzzles in {options.out}")
 
 
