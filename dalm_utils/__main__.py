@@ -16,11 +16,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from .checkpoint import warn
 from .config import PROFILES, RunConfig, check_names, display_path, field_table, load_config, parse_field, runs_folder
 
 DESCRIPTION = "Adapt autoregressive language models into masked-diffusion language models."
-EXIT_STATUS = """exit status: 0 success; 1 an error; 2 a wrong command line; 130 stopped by Ctrl-C and 143 by SIGTERM
-(128 + the signal's number, as shells report it), after which the same command resumes; 141 nobody reads the output."""
+EXIT_STATUS = """exit status: 0 success; 1 an error; 2 a wrong command line; 130 stopped by Ctrl-C, 143 by SIGTERM and
+129 by a closed terminal (128 + the signal's number, as shells report it), after which the same command resumes;
+141 nobody reads the output."""
 USER_ERRORS = (ValueError, OSError, RuntimeError, MemoryError, SafetensorError)  # what a user can mend
 
 
@@ -35,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # the reader has seen enough, as in `| head`
             return 128 + signal.SIGPIPE
-        print(f"error: the output cannot be written: {error}", file=sys.stderr)
+        warn(f"error: the output cannot be written: {error}")
         return 1
 
 
@@ -48,10 +50,10 @@ def _run(arguments: list[str] | None) -> int:
     except BrokenPipeError:
         raise
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        warn("interrupted")
         return 128 + signal.SIGINT
     except USER_ERRORS as error:
-        print(f"error: {error or type(error).__name__}", file=sys.stderr)
+        warn(f"error: {error or type(error).__name__}")
         return 1
 
 
@@ -340,7 +342,7 @@ def _evaluate_pairs(options: argparse.Namespace, model, tokenizer) -> None:
     _show(options, f"conditional {kind}", f"{len(pairs)} {options.split} pairs", len(pairs), figures)
     dropped = pairs.about_dropped(tokenizer, options.split)
     if dropped:
-        print(dropped, file=sys.stderr)
+        warn(dropped)
 
 
 def _show(options: argparse.Namespace, kind: str, scored: str, count: int, figures: dict) -> None:
@@ -466,7 +468,7 @@ def _load_base_of(options: argparse.Namespace, origin: dict, model, tokenizer, j
         name = _ar_base(origin)
         return judge if judge and name == options.judge else _load_ar(name, options.model, tokenizer), name
     except (FileNotFoundError, ValueError) as error:
-        print(f"the AR model that it was made from is not scored beside it: {error}", file=sys.stderr)
+        warn(f"the AR model that it was made from is not scored beside it: {error}")
         return None, None
 
 

@@ -10,14 +10,16 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
 import filelock
+from tqdm import tqdm
 
 from .config import RunConfig
 
@@ -471,6 +473,25 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def warn(message: str) -> None:
-    """Print one line to stderr, at once."""
-    print(message, file=sys.stderr, flush=True)
+def stop_signals() -> list[signal.Signals]:
+    """Ctrl-C, SIGTERM, and the hangup of a closed terminal, but for those that this process ignores (`nohup`)."""
+    kinds = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))  # Windows has no SIGHUP
+    return [kind for kind in kinds if kind is not None and signal.getsignal(kind) is not signal.SIG_IGN]
+
+
+def warn(message: str, end: str = "\n") -> None:
+    """Print a line to stderr, at once and above a progress bar; it is lost where stderr cannot be written."""
+    with contextlib.suppress(OSError, ValueError):  # a log on a full disk, a terminal that has gone; a closed file
+        tqdm.write(message, file=sys.stderr, end=end)
+        sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def despite_lost_output() -> Iterator[None]:
+    """Continue if a full disk, or a terminal that has gone, refuses what is printed or drawn, and say so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_REFUSED:
+            raise
+        warn(f"an output could not be written ({error.strerror}); the run goes on")

@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .checkpoint import require_writable, write_whole
+from .checkpoint import require_writable, warn, write_whole
 from .config import cache_folder
 from .documents import (
     BY_WORDS,
@@ -230,7 +229,7 @@ def _alone(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        tqdm.write(f"another process is preparing {folder.name}; waiting for it", file=sys.stderr)
+        warn(f"another process is preparing {folder.name}; waiting for it")
         lock.acquire()
     try:
         yield

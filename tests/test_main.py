@@ -554,7 +554,8 @@ def test_a_run_longer_than_a_calendar_is_shown(seconds, shown):
 
 # ------------------------------------------------------------------------------------------------ the exit status
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.usefixtures("hears_hangups")
+@pytest.mark.parametrize("kind, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_stopped_run_has_its_own_exit_status_and_resumes(workplace, monkeypatch, capsys, kind, status):
     def stop(history, config):
         if history.records[-1]["step"] == 4:

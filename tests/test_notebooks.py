@@ -255,14 +255,19 @@ class Runner:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("hears_hangups")
 @pytest.mark.parametrize(
-    "kind, status, more", [(signal.SIGINT, 130, ["print('never')"]), (signal.SIGTERM, 143, [])], ids=["ctrl-c", "last"]
+    "kind, status, more",
+    [(signal.SIGINT, 130, ["print('never')"]), (signal.SIGTERM, 143, []), (signal.SIGHUP, 129, ["print('never')"])],
+    ids=["ctrl-c", "last", "hangup"],
 )
 def test_a_notebook_that_is_stopped_ends_its_step_and_keeps_its_outputs(tmp_path, kind, status, more):
     started = Runner(tmp_path, STEPS, *more)
     started.wait_for(b"begun")
     started.process.send_signal(kind)
     started.wait_for(b"asked")
+    if kind == signal.SIGHUP:  # which the shell and the system may both send
+        started.process.send_signal(kind)
     os.write(started.gate, b"x")
     code, told = started.end()
     assert code == status and "Traceback" not in told

@@ -9,7 +9,6 @@ import html
 import os
 import re
 import signal
-import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbconvert import HTMLExporter
 
-from ..checkpoint import first_line, require_writable, write_file
+from ..checkpoint import despite_lost_output, first_line, require_writable, stop_signals, warn, write_file
 from ..config import display_path, runs_folder
 
 RECORD = ".notebooks"  # the hashes of all files that were written to the folder of runs, one per line
@@ -42,7 +41,7 @@ def run_notebook(path: Path, *, in_place: bool = False) -> int | None:
     go to NAME.unfinished.ipynb in the folder of runs. A file there is replaced only if this function wrote it.
 
     Returns:
-        The signal that stopped the run (Ctrl-C or SIGTERM), or None.
+        The signal that stopped the run, see `stop_signals`, or None.
 
     Raises:
         ValueError: the file is not a notebook, or not one of Python.
@@ -58,7 +57,7 @@ def run_notebook(path: Path, *, in_place: bool = False) -> int | None:
     except BaseException as error:
         kept = _keep(notebook, results.unfinished)
         if client.stopped_by:
-            print(f"stopped in {client.current}. {kept}", file=sys.stderr)
+            warn(f"stopped in {client.current}. {kept}")
             return client.stopped_by
         if isinstance(error, (CellExecutionError, RuntimeError)):
             raise RuntimeError(f"{client.explain(path.name, error)}. {kept}") from None
@@ -115,8 +114,8 @@ class Manager(AsyncKernelManager):
 class Client(NotebookClient):
     """Runs the cells of a notebook, prints the progress, and stops at the end of a cell when a signal asks for it.
 
-    The first Ctrl-C or SIGTERM interrupts the cell in progress, like the stop button of Jupyter: training finishes its
-    step and writes a checkpoint. The second one kills the kernel.
+    The first Ctrl-C, SIGTERM or hangup interrupts the cell in progress, like the stop button of Jupyter: training
+    finishes its step and writes a checkpoint. The second one kills the kernel.
 
     A kernel that executes nothing is interrupted as soon as it says that it executes the next cell.
     """
@@ -144,13 +143,15 @@ class Client(NotebookClient):
 
     async def async_start_new_kernel(self, **options) -> None:
         loop = asyncio.get_running_loop()
-        for kind in (signal.SIGINT, signal.SIGTERM):
+        for kind in stop_signals():
             loop.add_signal_handler(kind, self._stop, kind)  # instead of nbclient's, which shuts the kernel down
         await super().async_start_new_kernel(**options)
 
-    def _stop(self, kind: int) -> None:
+    def _stop(self, kind: signal.Signals) -> None:
+        if self.stopped_by == kind and kind.name == "SIGHUP":
+            return  # the shell and the system may both report the same hangup
         again, self.stopped_by = self.stopped_by is not None, kind
-        print(f"stopping {self.current}" + ("" if again else "; once more kills it"), file=sys.stderr, flush=True)
+        warn(f"stopping {self.current}" + ("" if again else "; once more kills it"))
         if self.km is not None and self.km.has_kernel:
             self._send(self.km.shutdown_kernel(now=True) if again else self.km.interrupt_kernel())
 
@@ -164,7 +165,8 @@ class Client(NotebookClient):
             number = next(n for n, other in enumerate(self.code, 1) if other is cell)
             first_line = next(line for line in cell.source.splitlines() if line.strip())[:90]
             self.current = f"cell {number} of {len(self.code)} ({first_line})"
-            print(f"[{self.minutes:4.1f} min] cell {number}/{len(self.code)}: {first_line}", flush=True)
+            with despite_lost_output():
+                print(f"[{self.minutes:4.1f} min] cell {number}/{len(self.code)}: {first_line}", flush=True)
 
     def _rest(self, **_) -> None:
         self._set_executing(False)
@@ -184,7 +186,7 @@ class Client(NotebookClient):
             if self.stopped_by and self.km is not None:
                 self._send(self.km.interrupt_kernel())
         if message["msg_type"] == "stream" and message["content"]["name"] == "stderr":
-            print(message["content"]["text"], end="", file=sys.stderr, flush=True)  # progress bars and warnings
+            warn(message["content"]["text"], end="")  # progress bars and warnings
             return None
         return super().process_message(message, cell, cell_index)
 
