@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .checkpoint import require_writable, warn, write_whole
+from .checkpoint import acquire, require_writable, warn, write_whole
 from .config import cache_folder
 from .documents import (
     BY_WORDS,
@@ -227,7 +227,7 @@ def _alone(folder: Path) -> Iterator[None]:
     """Only one process at a time; the lock goes with its holder, however that ends."""
     lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
-        lock.acquire(timeout=0)
+        acquire(lock, 0, "DALM_CACHE")
     except filelock.Timeout:
         warn(f"another process is preparing {folder.name}; waiting for it")
         lock.acquire()

@@ -415,11 +415,15 @@ def test_another_model_or_text_is_refused_with_the_difference(tmp_path):
     train(*tiny_diffusion(), config)
     with pytest.raises(ValueError, match=r"model: 'GPT2LMHeadModel with \d+ parameters' then, 'OPTForCausalLM with"):
         train(*tiny_diffusion("opt"), config)
+    text = (tmp_path / "texts" / "000.txt").read_text()
     (tmp_path / "texts" / "000.txt").write_text("another text " * 9)
-    with pytest.raises(ValueError, match=r"corpus: '\w+' then, '\w+' now"):
+    with pytest.raises(ValueError, match=r"corpus: '\w+' then, '\w+' now.*packages are upgraded"):
         train(*tiny_diffusion(), config)
-    with pytest.raises(ValueError, match="global_batch: 4 then, 8 now"):
+    (tmp_path / "texts" / "000.txt").write_text(text)
+    with pytest.raises(ValueError, match=r"global_batch: 4 then, 8 now.*`batch` x `accumulate` x processes stays"):
         train(*tiny_diffusion(), config.replace(accumulate=2))
+    with pytest.raises(ValueError, match=r"precision: 'fp32' then, 'bf16' now.*pass that of then"):
+        train(*tiny_diffusion(), config.replace(precision="bf16"))
 
 
 def test_another_teacher_is_refused(tmp_path):
