@@ -207,7 +207,7 @@ def _delete(path: Path) -> None:
 def _discard(old: Path, place: Path) -> None:
     """Delete a folder that `write_whole` wrote at `place`; keep it under a free name if others wrote in it, too."""
     if _others(old):
-        kept = old.rename(_free(place, "old"))
+        kept = old.rename(free(place, "old"))
         warn(f"the earlier {place.name} was kept as {kept.name}, since it holds files that were added or changed")
     elif old.exists():  # it is renamed first, since half of a folder would look like one with other files
         beside = _beside(place, "unfinished")
@@ -232,7 +232,7 @@ def _others(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if not path.is_dir() and path != manifest and not is_ours(path)]
 
 
-def _free(path: Path, kind: str) -> Path:
+def free(path: Path, kind: str) -> Path:
     """The first of `path`.kind1, `path`.kind2, ... that does not exist."""
     names = (path.with_name(f"{path.name}.{kind}{number}") for number in itertools.count(1))
     return next(name for name in names if not name.exists())
@@ -303,7 +303,7 @@ class RunFolder:
                 require_writable(self.path, "; give this run another `name`, or change the folder's permissions")
             self._recover()
             if resume == "never" and self._is_run():
-                self.path.rename(_free(self.path, "old"))
+                self.path.rename(free(self.path, "old"))
             earlier = self._agree(settings)
             newest = self.newest()
             if newest is None:
@@ -324,9 +324,9 @@ class RunFolder:
         config, best, history = (self.path / name for name in ("config.json", "best", "history.jsonl"))
         if earlier is None or not (any(self.path.glob("step-*")) or _has_ended(history, earlier["total_steps"])):
             return
-        kept = [_free(config, "old")]
+        kept = [free(config, "old")]
         shutil.copy(config, kept[0])  # a copy, since a folder without config.json is no run's
-        kept += [path.rename(_free(path, "old")) for path in (best, history) if path.exists()]
+        kept += [path.rename(free(path, "old")) for path in (best, history) if path.exists()]
         warn(
             f"{self.path.name} has no checkpoint to resume, so it starts over; what it had is now "
             f"{', '.join(path.name for path in kept)}"
@@ -373,7 +373,7 @@ class RunFolder:
             if _is_foreign(folder):
                 warn(f"{folder.name} is damaged or not a checkpoint: it has no {MANIFEST}; left alone and passed over")
             elif (folder / MANIFEST).is_file():
-                aside = folder.rename(_free(folder, "damaged"))
+                aside = folder.rename(free(folder, "damaged"))
                 warn(f"checkpoint {folder.name} is damaged; moved to {aside.name} and passed over")
         return None
 
