@@ -332,11 +332,17 @@ class Run:
         return self._figures(score), None
 
     def _sample(self) -> dict:
+        """A generated text; none from broken weights, which are for `watch` to notice."""
         request = self.task.sample_request()
-        with gathered(self.train_step.module):
-            samples = generate(
-                self.model, self.tokenizer, **request, steps=32, seed=self.config.seed, precision=self.precision
-            )
+        try:
+            with gathered(self.train_step.module):
+                samples = generate(
+                    self.model, self.tokenizer, **request, steps=32, seed=self.config.seed, precision=self.precision
+                )
+        except ValueError as error:
+            if self.is_main:
+                warn(f"no sample at step {self.step}: {first_line(error)}")
+            return {}
         return {"sample": samples.text[0]}
 
     # -- checkpoints ------------------------------------------------------------------------------------
