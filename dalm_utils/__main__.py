@@ -16,7 +16,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .checkpoint import warn
+from .checkpoint import despite_lost_output, warn
 from .config import PROFILES, RunConfig, check_names, display_path, field_table, load_config, parse_field, runs_folder
 
 DESCRIPTION = "Adapt autoregressive language models into masked-diffusion language models."
@@ -28,17 +28,20 @@ USER_ERRORS = (ValueError, OSError, RuntimeError, MemoryError, SafetensorError) 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status, see `EXIT_STATUS`. An error is one line, without a traceback."""
+    status = 1
     try:
         try:
-            return _run(arguments)
+            status = _run(arguments)
         finally:
             print(end="", flush=True)  # an output that cannot be written is noticed here, not at exit
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # the reader has seen enough, as in `| head`
             return 128 + signal.SIGPIPE
-        warn(f"error: the output cannot be written: {error}")
-        return 1
+        if status <= 128:  # else a run was stopped, perhaps since its terminal has gone
+            warn(f"error: the output cannot be written: {error}")
+            return 1
+    return status
 
 
 def _run(arguments: list[str] | None) -> int:
@@ -119,10 +122,11 @@ def _train(options: argparse.Namespace) -> int:
     model, tokenizer = build(config, device="cpu")  # `train` moves it to this process's own device
     history = train(model, tokenizer, config, resume="never" if options.fresh else "auto", on_log=_print_record)
     if PartialState().is_main_process:
-        for key in ("loss", "nelbo", "nll", "bits_per_byte", "tokens_per_second"):
-            if history.last(key) is not None:
-                print(f"{key:>18}  {history.last(key):.4g}")
-        print(f"{'checkpoints':>18}  {display_path(config.folder)}")
+        with despite_lost_output():
+            for key in ("loss", "nelbo", "nll", "bits_per_byte", "tokens_per_second"):
+                if history.last(key) is not None:
+                    print(f"{key:>18}  {history.last(key):.4g}")
+            print(f"{'checkpoints':>18}  {display_path(config.folder)}")
     return 128 + history.stopped_by if history.stopped_by else 0
 
 

@@ -356,7 +356,7 @@ class RunFolder:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
         except OSError as error:
-            return error.errno in IS_LOCKED  # others come from a disk without locks, where no writer can start
+            return error.errno in IS_LOCKED  # another one comes from a disk without locks
         finally:
             os.close(lock)
 
@@ -527,4 +527,4 @@ def despite_lost_output() -> Iterator[None]:
     except OSError as error:
         if error.errno not in DISK_REFUSED:
             raise
-        warn(f"an output could not be written ({error.strerror}); the run goes on")
+        warn(f"an output could not be written ({error.strerror}); nothing else is affected")

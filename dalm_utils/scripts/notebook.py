@@ -76,12 +76,13 @@ def run_notebook(path: Path, *, in_place: bool = False) -> int | None:
         _write(results.notebook, nbformat.writes(notebook), record=False)
     else:
         _save(results.notebook, notebook, results)
+    if results.page:
+        _write(results.page, Page(template_name="classic").from_notebook_node(notebook)[0], record=True)
     print(f"\nfinished in {client.minutes:.1f} minutes")
     for output in client.code[-1].outputs if client.code else []:
         print(output.get("text", ""), end="")
     print(f"the executed notebook: {display_path(results.notebook)}")
     if results.page:
-        _write(results.page, Page(template_name="classic").from_notebook_node(notebook)[0], record=True)
         print(f"the same as a page:    {display_path(results.page)}")
     return None
 
@@ -311,13 +312,13 @@ def _plan(path: Path, in_place: bool) -> Results:
 
 
 def _check_ours(path: Path) -> None:
-    """Raise FileExistsError for a file that is not ours."""
+    """Raise FileExistsError for what is not ours to replace, see `_is_ours`."""
     if path.exists() and not _is_ours(path):
         raise FileExistsError(f"{path} was not written by this command, or was changed since; move it to another place")
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether `_write` has written a file as it is."""
+    """Whether `_write` wrote this file, and nobody has changed it since."""
     return path.is_file() and _digest(path.read_bytes()) in _record_of(path).split()
 
 
