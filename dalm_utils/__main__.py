@@ -17,26 +17,31 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from .config import PROFILES, RunConfig, check_names, display_path, field_table, load_config, parse_field, runs_folder
+from .terminal import despite_lost_output, warn
 
 DESCRIPTION = "Adapt autoregressive language models into masked-diffusion language models."
-EXIT_STATUS = """exit status: 0 success; 1 an error; 2 a wrong command line; 130 stopped by Ctrl-C and 143 by SIGTERM
-(128 + the signal's number, as shells report it), after which the same command resumes; 141 nobody reads the output."""
+EXIT_STATUS = """exit status: 0 success; 1 an error; 2 a wrong command line; 130 stopped by Ctrl-C, 143 by SIGTERM and
+129 by a closed terminal (128 + the signal's number, as shells report it), after which the same command resumes;
+141 nobody reads the output."""
 USER_ERRORS = (ValueError, OSError, RuntimeError, MemoryError, SafetensorError)  # what a user can mend
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status, see `EXIT_STATUS`. An error is one line, without a traceback."""
+    status = 1
     try:
         try:
-            return _run(arguments)
+            status = _run(arguments)
         finally:
             print(end="", flush=True)  # an output that cannot be written is noticed here, not at exit
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # the reader has seen enough, as in `| head`
             return 128 + signal.SIGPIPE
-        print(f"error: the output cannot be written: {error}", file=sys.stderr)
-        return 1
+        if status <= 128:  # else a run was stopped, perhaps since its terminal has gone
+            warn(f"error: the output cannot be written: {error}")
+            return 1
+    return status
 
 
 def _run(arguments: list[str] | None) -> int:
@@ -48,10 +53,10 @@ def _run(arguments: list[str] | None) -> int:
     except BrokenPipeError:
         raise
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        warn("interrupted")
         return 128 + signal.SIGINT
     except USER_ERRORS as error:
-        print(f"error: {error or type(error).__name__}", file=sys.stderr)
+        warn(f"error: {error or type(error).__name__}")
         return 1
 
 
@@ -117,10 +122,11 @@ def _train(options: argparse.Namespace) -> int:
     model, tokenizer = build(config, device="cpu")  # `train` moves it to this process's own device
     history = train(model, tokenizer, config, resume="never" if options.fresh else "auto", on_log=_print_record)
     if PartialState().is_main_process:
-        for key in ("loss", "nelbo", "nll", "bits_per_byte", "tokens_per_second"):
-            if history.last(key) is not None:
-                print(f"{key:>18}  {history.last(key):.4g}")
-        print(f"{'checkpoints':>18}  {display_path(config.folder)}")
+        with despite_lost_output():
+            for key in ("loss", "nelbo", "nll", "bits_per_byte", "tokens_per_second"):
+                if history.last(key) is not None:
+                    print(f"{key:>18}  {history.last(key):.4g}")
+            print(f"{'checkpoints':>18}  {display_path(config.folder)}")
     return 128 + history.stopped_by if history.stopped_by else 0
 
 
@@ -345,7 +351,7 @@ def _evaluate_pairs(options: argparse.Namespace, model, tokenizer) -> None:
 def _note(*notes: str) -> None:
     """Print what a user should know about a text, where it is not taken for a result."""
     for note in filter(None, notes):
-        print(note, file=sys.stderr)
+        warn(note)
 
 
 def _show(options: argparse.Namespace, kind: str, scored: str, count: int, figures: dict) -> None:
@@ -471,7 +477,7 @@ def _load_base_of(options: argparse.Namespace, origin: dict, model, tokenizer, j
         name = _ar_base(origin)
         return judge if judge and name == options.judge else _load_ar(name, options.model, tokenizer), name
     except (FileNotFoundError, ValueError) as error:
-        print(f"the AR model that it was made from is not scored beside it: {error}", file=sys.stderr)
+        warn(f"the AR model that it was made from is not scored beside it: {error}")
         return None, None
 
 

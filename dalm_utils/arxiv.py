@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .checkpoint import first_line
 from .hubs import PATIENCE
+from .terminal import first_line
 
 FIELD = "article"  # holds the text
 SHARDS = 15  # of the training split, about 230 MB each

@@ -25,7 +25,7 @@ from transformers.activations import ACT2FN, FastGELUActivation, NewGELUActivati
 
 from .annealing import annealed_mask
 from .head import is_shifted, mask_id_of
-from .hubs import find, in_one_line, require_files
+from .hubs import find, in_one_line, require_contents, require_files
 from .machine import keep_memory, pick_device
 from .tokens import add_mask, begin_id, encode, is_special, require_backend, token_ids
 
@@ -107,7 +107,8 @@ def load_tokenizer(name: str, *, hub: str = "auto", revision: str | None = None)
 
 
 def _source(place: Path) -> dict:
-    """What the transformers classes need to open a folder or a .gguf file."""
+    """What the transformers classes need to open a folder or a .gguf file. Raises ValueError for one they misread."""
+    require_contents(place)
     if place.is_file():
         return {"pretrained_model_name_or_path": place.parent, "gguf_file": place.name, "trust_remote_code": False}
     return {"pretrained_model_name_or_path": place, "trust_remote_code": False}

@@ -20,6 +20,7 @@ from pathlib import Path
 import filelock
 
 from .config import RunConfig
+from .terminal import DISK_REFUSED, first_line, warn
 
 if sys.platform != "win32":
     import fcntl
@@ -35,18 +36,15 @@ RESUMABLE = {  # how to resume after all, where only this setting differs
     "adapted": "The model is not the one that the run began with: build or load the base again to resume it. ",
     "total_steps": "A run takes more steps when it has finished and its last checkpoint is there; if `patience` ended "
     "it before, raise that first. ",
+    "precision": "Machines differ in the precision they choose: to resume, pass that of then, as in precision=bf16. ",
+    "global_batch": "It resumes on another number of processes if `batch` x `accumulate` x processes stays the same. ",
+    "corpus": "The text has changed, as docstrings do when packages are upgraded, so the run cannot resume. ",
 }
 NOT_COMPARED = {"text", "field"}  # where the tokens came from; a digest of the tokens is compared instead
 MACHINE_KEYS = ("seconds", "tokens_per_second", "memory", "eta")  # of a record: they differ when a run is repeated
 
-DISK_REFUSED = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EIO,
-}  # errno of a disk that refuses to write
 CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # errno of one that cannot sync folders
+IS_LOCKED = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}  # errno of a lock that another process holds
 PROBE = 2**20  # bytes that are written to find out whether a disk is full
 LOCK_WAIT = 1.0  # seconds; a process that calls `is_claimed` holds a lock for a moment
 
@@ -120,6 +118,25 @@ def require_writable(folder: Path, remedy: str = "") -> None:
         raise OSError(f"{folder} cannot be written ({error.strerror}){remedy}") from error
 
 
+def acquire(lock: filelock.BaseFileLock, timeout: float, elsewhere: str) -> None:
+    """Wait for a lock, for at most `timeout` seconds if that is not negative.
+
+    Args:
+        elsewhere: what names another folder, for the error.
+
+    Raises:
+        filelock.Timeout: another process holds it.
+        OSError: the disk has no locks.
+    """
+    try:
+        lock.acquire(timeout=timeout)
+    except filelock.Timeout:
+        raise
+    except OSError as error:
+        folder = Path(lock.lock_file).parent
+        raise OSError(f"{folder} cannot be locked ({error.strerror}); {elsewhere} names another folder") from error
+
+
 def sync(*paths: Path) -> None:
     """Flush files and folders to the disk, so that they survive a power cut.
 
@@ -180,10 +197,10 @@ def _delete(path: Path) -> None:
 
 
 def _discard(old: Path, place: Path) -> None:
-    """Delete a folder that `write_whole` wrote at `place`; keep it under a free name if it holds other files, too."""
+    """Delete a folder that `write_whole` wrote at `place`; keep it under a free name if others wrote in it, too."""
     if _others(old):
-        kept = old.rename(_free(place, "old"))
-        warn(f"the earlier {place.name} was kept as {kept.name}, since it holds files that were not written here")
+        kept = old.rename(free(place, "old"))
+        warn(f"the earlier {place.name} was kept as {kept.name}, since it holds files that were added or changed")
     elif old.exists():  # it is renamed first, since half of a folder would look like one with other files
         beside = _beside(place, "unfinished")
         _delete(beside)
@@ -192,16 +209,22 @@ def _discard(old: Path, place: Path) -> None:
 
 
 def _others(folder: Path) -> list[Path]:
-    """The files in a folder that its manifest does not name."""
+    """The files in a folder that its manifest does not name, or that were changed after it was written."""
+    manifest = folder / MANIFEST
     try:
-        named = {MANIFEST, *json.loads((folder / MANIFEST).read_bytes())}
+        written = manifest.stat().st_mtime_ns
+        digests = {**json.loads(manifest.read_bytes())}
     except (OSError, ValueError, TypeError):
-        named = set()
-    files = (path for path in folder.rglob("*") if not path.is_dir())
-    return [path for path in files if path.relative_to(folder).as_posix() not in named]
+        return [path for path in folder.rglob("*") if not path.is_dir()]
+
+    def is_ours(path: Path) -> bool:
+        digest = digests.get(path.relative_to(folder).as_posix())
+        return digest is not None and (path.stat().st_mtime_ns <= written or _digest(path) == digest)
+
+    return [path for path in folder.rglob("*") if not path.is_dir() and path != manifest and not is_ours(path)]
 
 
-def _free(path: Path, kind: str) -> Path:
+def free(path: Path, kind: str) -> Path:
     """The first of `path`.kind1, `path`.kind2, ... that does not exist."""
     names = (path.with_name(f"{path.name}.{kind}{number}") for number in itertools.count(1))
     return next(name for name in names if not name.exists())
@@ -235,7 +258,8 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self._lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), thread_local=False)
+        place = path.resolve() if path.is_symlink() else path  # every path to a run leads to the same lock
+        self._lock = filelock.FileLock(_beside(place, "lock"), thread_local=False)
         self._writer = ThreadPoolExecutor(1)  # one thread, started when it is first used: two writes never overlap
         self._writes: list[Future] = []
 
@@ -260,7 +284,7 @@ class RunFolder:
             raise ValueError(f"resume must be auto or never, got {resume!r}")
         require_writable(self.path.parent, "; `runs`, or DALM_RUNS in the environment, names another folder")
         try:
-            self._lock.acquire(timeout=LOCK_WAIT)
+            acquire(self._lock, LOCK_WAIT, "`runs`, or DALM_RUNS in the environment,")
         except filelock.Timeout:
             raise RuntimeError(
                 f"another process is writing to the run {self.path.name!r}; wait for it or stop it, "
@@ -271,28 +295,34 @@ class RunFolder:
                 require_writable(self.path, "; give this run another `name`, or change the folder's permissions")
             self._recover()
             if resume == "never" and self._is_run():
-                self.path.rename(_free(self.path, "old"))
-            self._agree(settings)
+                self.path.rename(free(self.path, "old"))
+            earlier = self._agree(settings)
             newest = self.newest()
             if newest is None:
-                self._keep_best(settings["total_steps"])
+                self._keep_results(earlier)
+            if settings != earlier:
+                self.path.mkdir(parents=True, exist_ok=True)
+                write_file(self.path / "config.json", json.dumps(settings, indent=1))
             return newest
         except BaseException:
             self.close()
             raise
 
-    def _keep_best(self, total: int) -> None:
-        """Move the best model and its curve aside, before a run that has lost its checkpoints starts over.
+    def _keep_results(self, earlier: dict | None) -> None:
+        """Keep the best model, curve and settings of a run that has lost its checkpoints, before it starts over.
 
         A run that was killed before its first checkpoint has lost none, and makes the same best model again.
         """
-        best, history = self.path / "best", self.path / "history.jsonl"
-        had_checkpoints = any(self.path.glob("step-*")) or _has_ended(history, total)
-        if had_checkpoints and (best / MANIFEST).is_file():
-            aside = best.rename(_free(best, "old"))
-            if history.exists():
-                history.rename(_free(history, "old"))
-            warn(f"{self.path.name} has no checkpoint to resume, so it starts over; its best model is now {aside.name}")
+        config, best, history = (self.path / name for name in ("config.json", "best", "history.jsonl"))
+        if earlier is None or not (any(self.path.glob("step-*")) or _has_ended(history, earlier["total_steps"])):
+            return
+        kept = [free(config, "old")]
+        shutil.copy(config, kept[0])  # a copy, since a folder without config.json is no run's
+        kept += [path.rename(free(path, "old")) for path in (best, history) if path.exists()]
+        warn(
+            f"{self.path.name} has no checkpoint to resume, so it starts over; what it had is now "
+            f"{', '.join(path.name for path in kept)}"
+        )
 
     def close(self) -> None:
         """Let other processes write here again, as soon as everything is written."""
@@ -317,8 +347,8 @@ class RunFolder:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
-        except OSError:
-            return True
+        except OSError as error:
+            return error.errno in IS_LOCKED  # another one comes from a disk without locks
         finally:
             os.close(lock)
 
@@ -335,7 +365,7 @@ class RunFolder:
             if _is_foreign(folder):
                 warn(f"{folder.name} is damaged or not a checkpoint: it has no {MANIFEST}; left alone and passed over")
             elif (folder / MANIFEST).is_file():
-                aside = folder.rename(_free(folder, "damaged"))
+                aside = folder.rename(free(folder, "damaged"))
                 warn(f"checkpoint {folder.name} is damaged; moved to {aside.name} and passed over")
         return None
 
@@ -404,16 +434,14 @@ class RunFolder:
             raise ValueError(f"{file} is not the config.json of a run (it lacks {missing}); {remedy}")
         return settings
 
-    def _agree(self, settings: dict) -> None:
-        """Write the settings, or compare them with those of the run that is here."""
+    def _agree(self, settings: dict) -> dict | None:
+        """Compare the settings with those of the run that is here, and return these; None if there is no run."""
         earlier = self.settings()
-        file, best = self.path / "config.json", self.path / "best"
+        best = self.path / "best"
         if _is_foreign(best):
             raise FileExistsError(f"{best} would be replaced, but no run wrote it; move it elsewhere")
         if earlier is None or not self._has_checkpoints():  # without a checkpoint there is nothing to resume
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_file(file, json.dumps(settings, indent=1))
-            return
+            return earlier
         before = DEFAULTS | earlier  # a field newer than the run had its default
         changed = {name: now for name, now in settings.items() if before.get(name, now) != now}
         refused = changed.keys() - NOT_COMPARED
@@ -430,8 +458,7 @@ class RunFolder:
                 f"the run {self.path.name!r} exists with other settings ({'; '.join(differences)}). "
                 f"{''.join(hints)}Give this one another `name`, or move the old run aside: {FRESH}."
             )
-        if changed:
-            write_file(file, json.dumps(settings, indent=1))
+        return earlier
 
     def _has_finished(self, step: int) -> bool:
         return any(step_of(folder) >= step for folder in self.checkpoints())
@@ -464,13 +491,3 @@ class RunFolder:
 def step_of(checkpoint: Path) -> int:
     """The step at which a checkpoint was written."""
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type's name where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def warn(message: str) -> None:
-    """Print one line to stderr, at once."""
-    print(message, file=sys.stderr, flush=True)

@@ -238,10 +238,15 @@ def load_config(recipe: str = "", profile: str | None = None, *, notebook: str =
         ValueError: an unknown recipe, profile or field (the nearest name is suggested), or a bad value.
     """
     recipe = recipe or notebook
-    profile = profile or os.environ.get("DALM_PROFILE") or "laptop"
+    profile = profile or profile_name()
     fields = {"name": f"{recipe}-{profile}"} | _pick(_pick(PROFILES, recipe, "recipe"), profile, "profile")
     check_names(overrides)
     return RunConfig(**{**fields, **_from_environment(), **overrides})
+
+
+def profile_name() -> str:
+    """The profile that is used where none is asked for."""
+    return os.environ.get("DALM_PROFILE") or "laptop"
 
 
 def _from_environment() -> dict:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .checkpoint import require_writable, write_whole
+from .checkpoint import acquire, require_writable, write_whole
 from .config import cache_folder
 from .documents import (
     BY_WORDS,
@@ -40,6 +39,7 @@ from .documents import (
     size_of,
     split_few,
 )
+from .terminal import warn
 from .tokens import begin_id, plain_backend, token_ids, tokenizer_digest
 
 VERSION = 2  # of this file's output: raise it when a change alters what is written
@@ -233,9 +233,9 @@ def _alone(folder: Path) -> Iterator[None]:
     """Only one process at a time; the lock goes with its holder, however that ends."""
     lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
-        lock.acquire(timeout=0)
+        acquire(lock, 0, "DALM_CACHE")
     except filelock.Timeout:
-        tqdm.write(f"another process is preparing {folder.name}; waiting for it", file=sys.stderr)
+        warn(f"another process is preparing {folder.name}; waiting for it")
         lock.acquire()
     try:
         yield

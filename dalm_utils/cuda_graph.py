@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .checkpoint import first_line, warn
 from .machine import pinned
 from .objective import Batch
+from .terminal import first_line, warn
 
 WARM_UP = 3  # eager steps before a capture: meanwhile libraries allocate workspaces and choose kernels
 

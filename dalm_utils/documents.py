@@ -28,6 +28,8 @@ from tqdm import tqdm
 
 from . import arxiv
 from .config import PROJECT
+from .hubs import LFS_POINTER
+from .terminal import warn
 
 PACKAGES = {  # texts that need no download: the docstrings of packages that are installed anyway
     "docstrings": (
@@ -53,7 +55,6 @@ LONGEST_LINE = 4 * 2**20  # bytes; a longer one is damaged or no document, and t
 ROWS = 1000  # of a parquet file, held at once
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # the first bytes of such a file
 AN_ARRAY = "a JSON array; write one object a line (jq -c '.[]' FILE > lines.jsonl)"
-LFS_POINTER = b"version https://git-lfs"  # how the file begins that Git puts in the place of a large one
 RULES = 3  # of reading files and hubs: raise it when the same source gives other documents, and all is prepared anew
 
 
@@ -452,10 +453,7 @@ def identify(source: str, field: str) -> dict:
 
 @functools.cache  # so that it is said once
 def _say_which(source: str) -> None:
-    print(
-        f"{source!r} is a text that this project brings; for the file or folder of that name write './{source}'",
-        file=sys.stderr,
-    )
+    warn(f"{source!r} is a text that this project brings; for the file or folder of that name write './{source}'")
 
 
 def _marks(file: Path) -> tuple[int, int, str]:

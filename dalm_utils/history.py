@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .checkpoint import warn, write_file
+from .checkpoint import write_file
+from .terminal import warn
 
 
 @dataclass

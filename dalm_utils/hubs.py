@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from .checkpoint import RunFolder
 from .config import PROJECT
+from .terminal import warn
 
 BASES = PROJECT / "checkpoints" / "base"
 SHIPPED = ("tiny-diffugpt", "tiny-galactica", "tiny-gpt2")  # in BASES of every checkout, and on no hub
@@ -25,9 +27,11 @@ PINNED = {  # revisions that are taken where none is asked for: what was tested 
     "gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
     "openai-community/gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
 }
+LFS_POINTER = b"version https://git-lfs"  # how the file begins that Git puts in the place of a large one
 PATIENCE = 10  # seconds for a hub's answer
 WEIGHTS = "model*.safetensors"
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json and merges.txt", "vocab.txt")  # any one of these is enough
+OTHER_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json")  # transformers prefers them to a .gguf file's own
 WANTED = ["*.json", "*.jinja", "*.txt", "*.model", WEIGHTS]  # of a hub's repository; never pickles or code
 UNWANTED = ["*/*"]  # folders hold the same model for other frameworks
 SMOLLM2 = PROJECT / "data" / "smollm2-135m" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -47,14 +51,18 @@ def find(name: str, hub: str, revision: str | None) -> Path:
         raise ValueError(f"revision {revision!r} belongs to a hub: use hub='huggingface' or hub='modelscope'")
     tried = []
     if hub in ("auto", "local") and revision is None:
-        for place in (BASES / name, Path(os.path.expanduser(name)), PROJECT / name):
+        base, local = BASES / name, Path(os.path.expanduser(name))
+        is_path = Path(name).name != name  # which is not looked for in BASES, nor from there
+        for place in (*([] if is_path else [base]), local, PROJECT / name):
             if (place / "best" / "config.json").is_file():
                 raise FileNotFoundError(f"{name!r} is the folder of a run; its model is {name}/best")
             if _is_run(place):
                 models = [path.name for path in RunFolder(place).checkpoints() if any(path.glob(WEIGHTS))]
                 remedy = f"its newest model is {name}/{models[-1]}" if models else "it has no model yet"
                 raise FileNotFoundError(f"{name!r} is the folder of a run without a best model; {remedy}")
-            if (place / "config.json").is_file() or (place.suffix == ".gguf" and place.is_file()):
+            if (place / "config.json").is_file() or (place.suffix.lower() == ".gguf" and place.is_file()):
+                if place is base and (local / "config.json").is_file() and not local.samefile(base):
+                    _warn_of_two(name, base, local.resolve())
                 return place
         if name in SHIPPED:
             raise FileNotFoundError(
@@ -65,7 +73,7 @@ def find(name: str, hub: str, revision: str | None) -> Path:
     if hub != "local" and revision is None:
         name, _, revision = name.partition("@")
         revision = revision or (None if hub == "modelscope" else PINNED.get(name))
-    if hub != "local" and not name.endswith(".gguf"):
+    if hub != "local" and not name.lower().endswith(".gguf"):
         download = _from_modelscope if hub == "modelscope" else _from_huggingface
         try:
             return download(name, revision)
@@ -82,11 +90,34 @@ def find(name: str, hub: str, revision: str | None) -> Path:
     )
 
 
+@functools.cache  # once for each pair of folders
+def _warn_of_two(name: str, base: Path, local: Path) -> None:
+    warn(f"{name!r} is read from {base}, not from {local}; for that one write ./{name}")
+
+
 def _is_run(place: Path) -> bool:
     try:
         return "total_steps" in json.loads((place / "config.json").read_bytes())
     except (OSError, ValueError, TypeError):
         return False
+
+
+def require_contents(place: Path) -> None:
+    """Raise ValueError for a file of a model that is a Git-LFS pointer, or a .gguf file with a tokenizer beside it."""
+    files = [place] if place.is_file() else [file for file in place.iterdir() if file.is_file() and _is_wanted(file)]
+    for file in files:
+        with file.open("rb") as opened:
+            if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ValueError(f"{file} is a Git-LFS pointer, not the file itself: run git lfs pull")
+    beside = [place.parent / name for name in OTHER_TOKENIZERS if place.is_file() and (place.parent / name).exists()]
+    if beside:
+        raise ValueError(
+            f"{beside[0]} would be read instead of the tokenizer in {place.name}; move one of the two elsewhere"
+        )
+
+
+def _is_wanted(file: Path) -> bool:
+    return any(fnmatch.fnmatch(file.name, wanted) for wanted in WANTED)
 
 
 def require_files(place: str | Path, files: Iterable[str]) -> None:

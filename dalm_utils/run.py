@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,11 +21,10 @@ from accelerate import Accelerator, DistributedType
 from safetensors.torch import load_model, save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbone import as_diffusion, check_finite, check_fits, load_base, randomize, save_diffusion
-from .checkpoint import RunFolder, first_line
+from .checkpoint import RunFolder
 from .config import FREE_FIELDS, RunConfig
 from .distillation import fit_distill
 from .evaluation import Estimate
@@ -48,6 +46,7 @@ from .sampling import generate
 from .stability import MAX_ROLLBACKS, ROLLBACK_LR_FACTOR, Unstable
 from .step import TrainStep
 from .tasks import TASKS
+from .terminal import first_line, warn
 from .tokens import tokenizer_digest
 
 ADAPTER = "adapter.safetensors"  # in a checkpoint of a run with `lora_rank`, in place of the model
@@ -204,7 +203,7 @@ class Run:
         if config.warmup_steps >= self.total:
             said += [f"warmup_steps={config.warmup_steps} leaves no step after the warm-up in a run of {self.total}"]
         if self.is_main and said:
-            tqdm.write("\n".join(said), file=sys.stderr)
+            warn("\n".join(said))
 
     # -- one step ---------------------------------------------------------------------------------------
     @property
@@ -283,7 +282,7 @@ class Run:
                 self.accelerator.log({f"{self.config.name}/{k}": v for k, v in numbers.items()}, step=self.step)
             except Exception as error:  # of any tracker: a full disk, a server that has gone
                 self.accelerator.trackers.clear()  # in place, since all arms share them
-                tqdm.write(f"the trackers failed ({first_line(error)}); training goes on without them", file=sys.stderr)
+                warn(f"the trackers failed ({first_line(error)}); training goes on without them")
 
     def _progress(self, norm: float, rate: float) -> tuple[dict, str | None]:
         """How training goes, and what is wrong with it, if anything."""
@@ -334,11 +333,17 @@ class Run:
         return self._figures(score), None
 
     def _sample(self) -> dict:
+        """A generated text; none from broken weights, which are for `watch` to notice."""
         request = self.task.sample_request()
-        with gathered(self.train_step.module):
-            samples = generate(
-                self.model, self.tokenizer, **request, steps=32, seed=self.config.seed, precision=self.precision
-            )
+        try:
+            with gathered(self.train_step.module):
+                samples = generate(
+                    self.model, self.tokenizer, **request, steps=32, seed=self.config.seed, precision=self.precision
+                )
+        except ValueError as error:
+            if self.is_main:
+                warn(f"no sample at step {self.step}: {first_line(error)}")
+            return {}
         return {"sample": samples.text[0]}
 
     # -- checkpoints ------------------------------------------------------------------------------------
@@ -462,7 +467,7 @@ class Run:
         event = f"at step {was} ({trouble}): rolled back to step {self.step}, learning rate x {factor:g}"
         self._record({"event": event})
         if self.is_main:
-            tqdm.write(event, file=sys.stderr)
+            warn(event)
         self._write_checkpoint()  # so that a run stopped right now remembers that it rolled back
 
 

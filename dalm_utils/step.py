@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -28,6 +27,7 @@ from .objective import Batch, batch_loss, seeded
 from .processes import is_sharded, prepare
 from .stability import SATURATED, Watch, saturation
 from .tasks import TASKS, Task
+from .terminal import warn
 
 
 class Loss(nn.Module):
@@ -67,7 +67,7 @@ class TrainStep:
         reason = _why_eager(config, accelerator)
         self.replayed = None if reason else ReplayedStep(self.compute, self._recover, self.device)
         if reason and self.device.type == "cuda" and accelerator.is_main_process:
-            print(f"training steps run eagerly, without a CUDA graph: {reason}", file=sys.stderr)
+            warn(f"training steps run eagerly, without a CUDA graph: {reason}")
 
         if self.device.type == "cuda":
             gc.collect()  # reference cycles keep the graphs and the optimizers of earlier runs in this process

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -13,12 +12,12 @@ from accelerate.tracking import GeneralTracker
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .checkpoint import first_line
 from .config import RunConfig
 from .history import History
 from .processes import any_process, leave_group_at_exit, make_accelerator
 from .run import Run, build
 from .stability import Unstable
+from .terminal import despite_lost_output, first_line, stop_signals, warn
 
 PAIRED = (  # what the arms of an ablation must have in common, to see the same batches and noise
     "objective", "text", "field", "train_blocks", "length", "batch", "accumulate", "seed", "times", "eps", "device",
@@ -36,11 +35,11 @@ def train(
 ) -> History:
     """Train `model` in place and return its history; the run's folder holds checkpoints, `best` and history.
 
-    Interrupting (Ctrl-C, the stop button, SIGTERM) finishes the step, writes a checkpoint and returns, with the signal
-    in `History.stopped_by`; a second Ctrl-C does not wait. Called again with the same config, training resumes there,
-    as if it had not been interrupted: on a CPU bit for bit, on a GPU to rounding. A finished run continues when it is
-    given more steps: the cosine then ends at the new last step. A diffusion model whose mask has opened is trained
-    further without closing it.
+    Interrupting (Ctrl-C, the stop button, SIGTERM, a closed terminal) finishes the step, writes a checkpoint and
+    returns, with the signal in `History.stopped_by`; a second Ctrl-C does not wait. Called again with the same config,
+    training resumes there, as if it had not been interrupted: on a CPU bit for bit, on a GPU to rounding. A finished
+    run continues when it is given more steps: the cosine then ends at the new last step. A diffusion model whose mask
+    has opened is trained further without closing it.
     Under `accelerate launch` the same call is one of many processes.
 
     With `lora_rank` the model has adapters while it is trained. At the end, however that comes, they are merged, and it
@@ -121,7 +120,7 @@ def _finish(tracker: GeneralTracker) -> None:
     try:
         tracker.finish()
     except Exception as error:
-        print(f"the tracker {tracker.name!r} could not be closed: {first_line(error)}", file=sys.stderr)
+        warn(f"the tracker {tracker.name!r} could not be closed: {first_line(error)}")
 
 
 def _drive(runs: dict[str, Run], report: Callable[[], None] | None) -> None:
@@ -136,9 +135,10 @@ def _drive(runs: dict[str, Run], report: Callable[[], None] | None) -> None:
             recorded = _advance(active)
             rounds += 1
             try:
-                if recorded:
-                    report()
-                show()
+                with despite_lost_output():
+                    if recorded:
+                        report()
+                    show()
             except Exception:  # a figure that cannot be drawn, or a pipe that is closed, must not cost the steps taken
                 if first.accelerator.num_processes == 1:  # several would have to agree to write a checkpoint
                     _save(runs)
@@ -152,7 +152,7 @@ def _drive(runs: dict[str, Run], report: Callable[[], None] | None) -> None:
             run.history.stopped_by = asked[0] if asked else signal.SIGTERM  # or another process was asked
         last = next(run for run in runs.values() if not run.is_done)
         if last.is_main:
-            print(f"stopped at step {last.step} of {last.total}; run it again to resume there", file=sys.stderr)
+            warn(f"stopped at step {last.step} of {last.total}; run it again to resume there")
 
 
 def _save(runs: dict[str, Run]) -> None:
@@ -163,10 +163,9 @@ def _save(runs: dict[str, Run]) -> None:
     """
     for run, trouble in [(run, run.save()) for run in runs.values()]:
         if trouble is not None and run.is_main:
-            print(
+            warn(
                 f"step {run.step} of {run.config.name!r} was not saved, since its weights are unusable: {trouble}; "
-                f"{_what_is_saved(run)}",
-                file=sys.stderr,
+                f"{_what_is_saved(run)}"
             )
         elif trouble is None and run.saved_step != run.step:
             raise RuntimeError(
@@ -209,13 +208,16 @@ def _progress_bar(runs: dict[str, Run]) -> Iterator[Callable[[], None]]:
         figures = {key: f"{value:.3f}" for key, value in latest.items() if value is not None}
         bar.set_postfix(figures, refresh=False)
 
-    with bar:
+    try:
         yield show
+    finally:
+        with despite_lost_output():
+            bar.close()
 
 
 @contextlib.contextmanager
 def _stop_at_step_end() -> Iterator[list]:
-    """A list that is empty until Ctrl-C or SIGTERM asks to stop. A step is never cut in two."""
+    """A list that is empty until a signal asks to stop, see `stop_signals`. A step is never cut in two."""
     asked: list = []
 
     def ask(number, frame):
@@ -226,8 +228,7 @@ def _stop_at_step_end() -> Iterator[list]:
     if threading.current_thread() is not threading.main_thread():
         yield asked  # only the main thread receives signals
         return
-    heard = [kind for kind in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(kind) is not signal.SIG_IGN]
-    old = {kind: signal.signal(kind, ask) for kind in heard}
+    old = {kind: signal.signal(kind, ask) for kind in stop_signals()}
     try:
         yield asked
     finally:

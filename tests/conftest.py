@@ -11,6 +11,14 @@ def pytest_configure(config):
 
 
 @pytest.fixture
+def hears_hangups():
+    """Under nohup this process ignores SIGHUP, and so would the processes that a test starts."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture
 def fp16(monkeypatch):
     """Real float16 products and a loss scaler on the CPU, where accelerate gives none; each call starts anew."""
     import torch

@@ -177,12 +177,12 @@ def comparable(history) -> list[dict]:
     return [{key: value for key, value in record.items() if key not in MACHINE_KEYS} for record in history.records]
 
 
-def stop_after(step: int):
-    """An on_log that presses Ctrl-C once a step is reached."""
+def stop_after(step: int, kind: signal.Signals = signal.SIGINT):
+    """An on_log that presses Ctrl-C, or sends another signal, once a step is reached."""
 
     def press(history, config):
         if history.records[-1]["step"] == step:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), kind)
 
     return press
 

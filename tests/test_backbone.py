@@ -688,6 +688,33 @@ def test_a_gguf_file_is_a_model_like_any_other(tied, tmp_path, monkeypatch):
     assert torch.equal(again(tokens).logits, adapted(tokens).logits)
 
 
+def test_a_gguf_file_may_end_in_capitals_and_its_own_tokenizer_is_read(tmp_path):
+    tokenizer = tiny_tokenizer()
+    write_gguf(tiny_model("llama", len(tokenizer)), tokenizer, tmp_path / "model.GGUF")
+    assert load_base(str(tmp_path / "model.GGUF"))[1].get_vocab() == tokenizer.get_vocab()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text("{}")
+        for load in (load_base, load_tokenizer):
+            with pytest.raises(
+                ValueError, match=rf"{name} would be read instead of the tokenizer in model\.GGUF; move"
+            ):
+                load(str(tmp_path / "model.GGUF"))
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "alone/model.gguf"])
+def test_a_git_lfs_pointer_is_named(tmp_path, name):
+    tiny_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "alone").mkdir()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (tmp_path / "pytorch_model.bin").write_bytes(pointer)
+    load_base(str(tmp_path))  # which does not read that one
+    (tmp_path / name).write_bytes(pointer)
+    with pytest.raises(ValueError, match=rf"{name} is a Git-LFS pointer, not the file itself: run git lfs pull"):
+        load_base(str(tmp_path / name if name.endswith(".gguf") else tmp_path))
+
+
 def test_a_gguf_file_that_is_not_there_is_not_asked_from_a_hub():
     with pytest.raises(FileNotFoundError, match=r"no model 'none/here\.gguf'.*nor a \.gguf file\. Three other ways"):
         load_base("none/here.gguf")

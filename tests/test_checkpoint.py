@@ -147,6 +147,33 @@ def test_a_folder_belongs_to_one_writer_and_one_config(tmp_path):
     assert (tmp_path / "run.old1" / "config.json").exists()
 
 
+def test_a_run_behind_a_link_has_one_writer_whatever_path_leads_to_it(tmp_path):
+    (tmp_path / "big" / "run").mkdir(parents=True)
+    (tmp_path / "runs").mkdir()
+    link = tmp_path / "runs" / "run"
+    link.symlink_to(tmp_path / "big" / "run")
+    first, _ = opened(link)
+    assert RunFolder(link.resolve()).is_claimed()
+    with pytest.raises(RuntimeError, match="another process is writing to the run 'run'"):
+        opened(link.resolve())
+    first.close()
+    assert not RunFolder(link).is_claimed() and not RunFolder(link.resolve()).is_claimed()
+
+
+def test_a_disk_without_locks_is_named_and_holds_no_running_run(tmp_path, monkeypatch):
+    run = begun(tmp_path / "run", 4)
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert not RunFolder(run).is_claimed()
+    with pytest.raises(OSError, match=rf"{tmp_path} cannot be locked \(No locks available\); `runs`, or DALM_RUNS"):
+        opened(run)
+    with pytest.raises(OSError, match=r"cache cannot be locked \(No locks available\); DALM_CACHE names another"):
+        load_corpus(tiny_config(tmp_path).text, tiny_tokenizer(), cache=tmp_path / "cache")
+
+
 @contextlib.contextmanager
 def read_only(folder):
     """Nobody may write in a folder; root, who may always, becomes another user for as long."""
@@ -282,10 +309,28 @@ def test_a_run_without_checkpoints_keeps_its_best_model(tmp_path, capsys, lost):
             (folder / "optimizer.pt").write_bytes(b"")
     capsys.readouterr()
     train(*tiny_diffusion(seed=9), config)
-    assert "starts over; its best model is now best.old1" in capsys.readouterr().err
+    assert "starts over; what it had is now config.json.old1, best.old1, history.jsonl.old1" in capsys.readouterr().err
     assert content(config.folder / "best.old1") == best
     assert (config.folder / "history.jsonl.old1").read_text() == curve
     assert is_whole(config.folder / "step-000012")
+
+
+@pytest.mark.parametrize("changes", [{}, {"learning_rate": 1e-3, "steps": 14}], ids=["same", "others"])
+def test_a_finished_run_whose_weights_were_archived_keeps_its_curve_and_settings(tmp_path, capsys, changes):
+    config = tiny_config(tmp_path)
+    train(*tiny_diffusion(), config)
+    for folder in (config.folder / "best", *config.folder.glob("step-*")):
+        shutil.rmtree(folder)
+    before = content(config.folder)
+    capsys.readouterr()
+    train(*tiny_diffusion(), config.replace(**changes))
+    told = capsys.readouterr().err
+    assert told.count("starts over; what it had is now config.json.old1, history.jsonl.old1") == 1
+    assert {
+        Path(path.name.removesuffix(".old1")): (config.folder / path).read_bytes()
+        for path in content(config.folder)
+        if path.name.endswith(".old1")
+    } == before
 
 
 def test_a_run_that_never_had_a_checkpoint_makes_its_best_model_again(tmp_path):
@@ -332,6 +377,18 @@ def test_files_that_the_user_adds_to_a_checkpoint_outlive_it(tmp_path, capsys):
     assert sorted(path.read_text() for path in tmp_path.glob("step-000001.old*/README.md")) == [
         "the user's model card", "the user's other card",
     ]  # fmt: skip
+
+
+def test_a_checkpoint_whose_files_the_user_changed_outlives_it(tmp_path, capsys):
+    for number, change in enumerate([lambda card: card.write_text("the user's model card"), Path.touch], 1):
+        write(tmp_path / "best")
+        manifest = (tmp_path / "best" / "manifest.json").stat()
+        change(tmp_path / "best" / "weights")
+        os.utime(tmp_path / "best" / "weights", ns=(0, manifest.st_mtime_ns + 1))  # whatever the clock's resolution
+        write(tmp_path / "best", "new")
+        assert ("was kept as best.old1" in capsys.readouterr().err) == (number == 1)
+    assert (tmp_path / "best.old1" / "weights").read_text() == "the user's model card"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "best.old1"]
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])

@@ -357,3 +357,28 @@ def test_what_was_fetched_earlier_serves_without_a_network_if_it_is_whole(tmp_pa
     else:
         with pytest.raises(FileNotFoundError, match="ConnectionError: no route to the hub"):
             hubs._fetch(*arguments)
+
+
+# ------------------------------------------------------------------------------------------------ this machine
+def test_a_name_is_that_of_a_base_and_a_model_of_that_name_here_is_mentioned_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save_pretrained("tiny-gpt2")
+    tiny_tokenizer().save_pretrained("tiny-gpt2")
+    base, here = hubs.BASES / "tiny-gpt2", tmp_path / "tiny-gpt2"
+    for _ in range(2):
+        assert hubs.find("tiny-gpt2", "local", None) == base
+    told = capsys.readouterr().err
+    assert told == f"'tiny-gpt2' is read from {base}, not from {here}; for that one write ./tiny-gpt2\n"
+    assert hubs.find("./tiny-gpt2", "local", None).resolve() == here
+    monkeypatch.chdir(hubs.BASES)
+    assert hubs.find("tiny-gpt2", "local", None) == base and not capsys.readouterr().err
+
+
+def test_a_path_is_not_looked_for_from_the_bases(tmp_path, monkeypatch):
+    monkeypatch.setattr(hubs, "BASES", tmp_path / "project" / "checkpoints" / "base")
+    hubs.BASES.mkdir(parents=True)
+    (tmp_path / "mine" / "below").mkdir(parents=True)
+    for parent in (hubs.BASES.parent, tmp_path / "mine"):
+        tiny_model().save_pretrained(parent / "runs" / "best")
+    monkeypatch.chdir(tmp_path / "mine" / "below")
+    assert hubs.find("../runs/best", "local", None).resolve() == tmp_path / "mine" / "runs" / "best"

@@ -1,13 +1,16 @@
 import argparse
+import fcntl
 import io
 import json
 import os
+import pty
 import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 from types import SimpleNamespace
 
 import pytest
@@ -30,7 +33,7 @@ from dalm_utils.config import PROJECT
 from dalm_utils.history import History
 from dalm_utils.hubs import BASES, SHIPPED
 from dalm_utils.quality import infilling
-from tests.helpers import TEXTS, stop_after, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
+from tests.helpers import PATIENCE, TEXTS, stop_after, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -587,7 +590,8 @@ def test_a_run_longer_than_a_calendar_is_shown(seconds, shown):
 
 # ------------------------------------------------------------------------------------------------ the exit status
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.usefixtures("hears_hangups")
+@pytest.mark.parametrize("kind, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_stopped_run_has_its_own_exit_status_and_resumes(workplace, monkeypatch, capsys, kind, status):
     def stop(history, config):
         if history.records[-1]["step"] == 4:
@@ -607,6 +611,24 @@ def test_a_stopped_run_has_its_own_exit_status_and_resumes(workplace, monkeypatc
 def test_a_signal_at_the_last_step_does_not_make_a_finished_run_a_stopped_one(workplace, monkeypatch):
     monkeypatch.setattr(cli, "_print_record", stop_after(12))
     assert main(["train", "gpt2", "name=cli", "log_every=2", "sample_every=0"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("hears_hangups")
+def test_a_run_whose_terminal_is_closed_writes_a_checkpoint(workplace):
+    ours, theirs = pty.openpty()
+    command = [*COMMAND, "train", "gpt2", "name=cli", "log_every=1", "steps=100000", "save_every=100000"]
+    run = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=PROJECT, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(theirs)
+    told = b""
+    while b"step      3" not in told:
+        told += os.read(ours, 4096)  # an error if the run ends before
+    os.close(ours)
+    assert run.wait(PATIENCE) == 129
+    assert len(RunFolder(workplace / "runs" / "cli").checkpoints()) == 1
 
 
 def test_an_interrupt_while_loading_is_one_line(monkeypatch, capsys):

@@ -255,14 +255,19 @@ class Runner:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("hears_hangups")
 @pytest.mark.parametrize(
-    "kind, status, more", [(signal.SIGINT, 130, ["print('never')"]), (signal.SIGTERM, 143, [])], ids=["ctrl-c", "last"]
+    "kind, status, more",
+    [(signal.SIGINT, 130, ["print('never')"]), (signal.SIGTERM, 143, []), (signal.SIGHUP, 129, ["print('never')"])],
+    ids=["ctrl-c", "last", "hangup"],
 )
 def test_a_notebook_that_is_stopped_ends_its_step_and_keeps_its_outputs(tmp_path, kind, status, more):
     started = Runner(tmp_path, STEPS, *more)
     started.wait_for(b"begun")
     started.process.send_signal(kind)
     started.wait_for(b"asked")
+    if kind == signal.SIGHUP:  # which the shell and the system may both send
+        started.process.send_signal(kind)
     os.write(started.gate, b"x")
     code, told = started.end()
     assert code == status and "Traceback" not in told
@@ -430,6 +435,73 @@ def test_a_result_that_the_user_has_changed_is_not_replaced(tmp_path, runs, caps
     changed.write_text(changed.read_text().replace("print(1)", "print(2)"))
     assert main(["notebook", str(path)]) == 1
     assert "or was changed since" in capsys.readouterr().err and "print(2)" in changed.read_text()
+
+
+def executing(monkeypatch, cells, text="an hour of work"):
+    """Clients execute that many cells, in no kernel, and then fail if there are more."""
+
+    def execute(client):
+        for number, cell in enumerate(client.code[:cells], 1):
+            cell.execution_count = number
+            cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=text)]
+        if cells < len(client.code):
+            raise RuntimeError("stopped")
+
+    monkeypatch.setattr(runner.Client, "execute", execute)
+
+
+def test_a_notebook_that_was_saved_while_it_ran_is_not_replaced(tmp_path, runs, monkeypatch, capsys):
+    path = write_notebook(tmp_path / "mine.ipynb", "print(1)")
+    executing(monkeypatch, 1)
+    execute = runner.Client.execute
+    monkeypatch.setattr(runner.Client, "execute", lambda client: (execute(client), path.write_text("edited")))
+    assert main(["notebook", str(path), "--in-place"]) == 1
+    assert f"{path} was changed while it ran, and stays as it is. The outputs" in capsys.readouterr().err
+    assert path.read_text() == "edited" and printed(runs / "mine.unfinished.ipynb") == ["an hour of work"]
+
+
+def test_a_result_that_was_edited_while_the_notebook_ran_is_kept(tmp_path, runs, monkeypatch):
+    path = write_notebook(tmp_path / "mine.ipynb", "print(1)")
+    executing(monkeypatch, 1)
+    assert main(["notebook", str(path)]) == 0
+    execute, edited = runner.Client.execute, runs / "mine.ipynb"
+    monkeypatch.setattr(runner.Client, "execute", lambda client: (execute(client), edited.write_text("edited")))
+    assert main(["notebook", str(path)]) == 0
+    assert (runs / "mine.ipynb.old1").read_text() == "edited" and printed(edited) == ["an hour of work"]
+
+
+def test_results_of_another_notebook_or_profile_are_kept(tmp_path, runs, monkeypatch, capsys):
+    (tmp_path / "other").mkdir()
+    mine, other = (write_notebook(folder / "same.ipynb", "print(1)") for folder in (tmp_path, tmp_path / "other"))
+    for path, profile, text in ((mine, "full", "a"), (mine, "", "b"), (mine, "laptop", "c"), (other, "laptop", "d")):
+        monkeypatch.setenv("DALM_PROFILE", profile)
+        executing(monkeypatch, 1, f"the output {text}")
+        assert main(["notebook", str(path)]) == 0
+    results = [runs / f"same.{kind}{end}" for end in (".old1", ".old2", "") for kind in ("ipynb", "html")]
+    for path, text in zip(results, "aaccdd", strict=True):
+        assert f"the output {text}" in path.read_text()
+    assert sorted(path for path in runs.iterdir() if path.name != runner.RECORD) == sorted(results)
+    assert capsys.readouterr().err.count("since it is of another notebook or profile") == 2
+
+
+def test_outputs_of_an_unfinished_run_are_replaced_only_by_one_that_got_as_far(tmp_path, runs, monkeypatch):
+    path = write_notebook(tmp_path / "mine.ipynb", "print(1)", "print(2)", "print(3)")
+    for cells, text in ((1, "a"), (2, "b"), (2, "c"), (0, "d")):
+        executing(monkeypatch, cells, text)
+        assert main(["notebook", str(path)]) == 1
+    assert printed(runs / "mine.unfinished.ipynb.old1") == ["c", "c", ""]
+    assert printed(runs / "mine.unfinished.ipynb") == ["", "", ""] and len(list(runs.glob("mine*"))) == 2
+
+
+def test_where_a_notebook_was_run_is_not_written_into_it(tmp_path, runs, monkeypatch):
+    path = write_notebook(tmp_path / "mine.ipynb", "print(1)")
+    executing(monkeypatch, 1)
+    assert main(["notebook", str(path)]) == 0
+    assert nbformat.read(runs / "mine.ipynb", as_version=4).metadata[runner.ORIGIN]["source"] == str(path)
+    copied = tmp_path / "copied.ipynb"
+    copied.write_bytes((runs / "mine.ipynb").read_bytes())
+    assert main(["notebook", str(copied), "--in-place"]) == 0
+    assert runner.ORIGIN not in nbformat.read(copied, as_version=4).metadata
 
 
 def test_a_read_only_notebook_is_found_before_the_work(tmp_path, runs, no_kernel, capsys):

@@ -4,6 +4,9 @@
 """
 
 import argparse
+import errno
+import io
+import itertools
 import json
 import os
 import pickle
@@ -12,6 +15,7 @@ import re
 import resource
 import shutil
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -257,6 +261,45 @@ def test_a_full_disk_is_survived(tmp_path, expected, capsys):
     assert_same(outcome(config.folder), expected)
 
 
+class FullDisk:
+    """An `on_log` that prints, on a disk that takes nothing from step 2 to step 8."""
+
+    def __call__(self, history: History, config) -> None:
+        step = history.records[-1]["step"]
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if step in (2, 8):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0 if step == 2 else hard, hard))
+        print(f"step {step}", flush=True)
+
+
+@pytest.mark.slow
+def test_a_run_whose_messages_go_to_a_full_disk_ends_as_an_undisturbed_one(tmp_path, expected):
+    settings = dict(dropout=0.1)
+    codes = exit_codes(start(tmp_path, settings, on_log=FullDisk()))
+    told = (tmp_path / "messages-0").read_text()
+    assert codes == [0], told
+    assert "step 12\n" in told
+    assert_same(outcome(tiny_config(tmp_path, **settings).folder), expected)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_progress_bar_that_cannot_be_drawn_costs_nothing(tmp_path, expected, monkeypatch, number):
+    class Stream(io.StringIO):
+        refuses = False
+
+        def write(self, text):
+            if self.refuses:
+                raise OSError(number, os.strerror(number))
+
+    config = tiny_config(tmp_path, dropout=0.1)
+    clock = itertools.count(0, 2)
+    monkeypatch.setattr("tqdm.std.time", lambda: next(clock))  # seconds: it is drawn at each step
+    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
+    monkeypatch.setattr(sys, "stderr", Stream())
+    train(*tiny_diffusion(), config, on_log=lambda *_: setattr(Stream, "refuses", True))
+    assert_same(outcome(config.folder), expected)
+
+
 def test_a_last_checkpoint_that_could_not_be_written_is_an_error(tmp_path, capsys):
     config = tiny_config(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -372,11 +415,15 @@ def test_another_model_or_text_is_refused_with_the_difference(tmp_path):
     train(*tiny_diffusion(), config)
     with pytest.raises(ValueError, match=r"model: 'GPT2LMHeadModel with \d+ parameters' then, 'OPTForCausalLM with"):
         train(*tiny_diffusion("opt"), config)
+    text = (tmp_path / "texts" / "000.txt").read_text()
     (tmp_path / "texts" / "000.txt").write_text("another text " * 9)
-    with pytest.raises(ValueError, match=r"corpus: '\w+' then, '\w+' now"):
+    with pytest.raises(ValueError, match=r"corpus: '\w+' then, '\w+' now.*packages are upgraded"):
         train(*tiny_diffusion(), config)
-    with pytest.raises(ValueError, match="global_batch: 4 then, 8 now"):
+    (tmp_path / "texts" / "000.txt").write_text(text)
+    with pytest.raises(ValueError, match=r"global_batch: 4 then, 8 now.*`batch` x `accumulate` x processes stays"):
         train(*tiny_diffusion(), config.replace(accumulate=2))
+    with pytest.raises(ValueError, match=r"precision: 'fp32' then, 'bf16' now.*pass that of then"):
+        train(*tiny_diffusion(), config.replace(precision="bf16"))
 
 
 def test_another_teacher_is_refused(tmp_path):

@@ -248,10 +248,10 @@ def test_a_run_ends_when_the_nelbo_no_longer_falls_and_keeps_the_best(tmp_path):
 
 # ------------------------------------------------------------------------------- faults between two records
 class Strike:
-    """Multiplies the weights of the head by 1,000 once, right after the optimizer took a given step."""
+    """Multiplies the weights of the head by a factor once, right after the optimizer took a given step."""
 
-    def __init__(self, monkeypatch, step, then=None):
-        self.step, self.then, self.struck = step, then, False
+    def __init__(self, monkeypatch, step, then=None, factor=1e3):
+        self.step, self.then, self.factor, self.struck = step, then, factor, False
         take = TrainStep.__call__
         monkeypatch.setattr(TrainStep, "__call__", lambda *arguments: self._take(take, *arguments))
 
@@ -260,7 +260,7 @@ class Strike:
         if step + 1 == self.step and not self.struck:
             self.struck = True
             with torch.no_grad():
-                train_step.model.get_output_embeddings().weight.mul_(1e3)
+                train_step.model.get_output_embeddings().weight.mul_(self.factor)
             if self.then is not None:
                 os.kill(os.getpid(), self.then)
         return norm
@@ -282,6 +282,14 @@ def test_a_run_recovers_wherever_its_weights_break(tmp_path, monkeypatch, step):
     for folder in tiny_config(tmp_path).folder.glob("step-*"):
         score = nelbo(*load_diffusion(folder), held_out(tiny_config(tmp_path)), num_samples=2, precision="fp32")
         assert score.mean < 10
+
+
+def test_a_run_recovers_although_a_sample_of_broken_weights_is_due_first(tmp_path, monkeypatch, capsys):
+    Strike(monkeypatch, step=11, factor=float("nan"))
+    history = train(*tiny_diffusion(), tiny_config(tmp_path, **SPARSE, sample_every=5))
+    assert len(events(history)) == 1 and "rolled back to step 8" in events(history)[0]
+    assert history.series("sample")[0] == [5, 10, 15, 20, 25, 30]
+    assert "no sample at step 15: the model's logits are not finite" in capsys.readouterr().err
 
 
 def test_the_weights_of_the_last_step_are_checked_once(tmp_path, monkeypatch):

@@ -185,13 +185,14 @@ def test_an_error_while_reporting_on_a_full_disk_says_both(tmp_path, monkeypatch
     assert isinstance(caught.value.__context__, BrokenPipeError)
 
 
-def test_a_signal_that_the_process_ignores_is_not_heard(tmp_path):
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of a command in the background of a script
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_the_process_ignores_is_not_heard(tmp_path, kind):
+    before = signal.signal(kind, signal.SIG_IGN)  # as of a command in the background of a script, or under nohup
     try:
-        history = train(*tiny_diffusion(), tiny_config(tmp_path), on_log=stop_after(6))
-        assert history.last("step") == 12 and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        history = train(*tiny_diffusion(), tiny_config(tmp_path), on_log=stop_after(6, kind))
+        assert history.last("step") == 12 and signal.getsignal(kind) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(kind, before)
 
 
 @pytest.mark.parametrize(("over", "shares"), [(None, [4 / 5, 3 / 4, 2 / 3, 1 / 2]), (2, [4 / 5, 2 / 3, 0, 0])])

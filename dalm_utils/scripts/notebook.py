@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import copy
 import hashlib
 import html
 import os
 import re
 import signal
-import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -25,10 +25,12 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbconvert import HTMLExporter
 
-from ..checkpoint import first_line, require_writable, write_file
-from ..config import display_path, runs_folder
+from ..checkpoint import free, require_writable, write_file
+from ..config import display_path, profile_name, runs_folder
+from ..terminal import despite_lost_output, first_line, stop_signals, warn
 
 RECORD = ".notebooks"  # the hashes of all files that were written to the folder of runs, one per line
+ORIGIN = "dalm_utils"  # in the metadata of a notebook there: which one was run, and in which profile
 STARTUP = 600  # seconds that a kernel may take to begin, on a busy machine
 SHUTDOWN = 1200  # seconds that a kernel may take to end in the middle of a cell: a training step may take minutes
 IDLE_SHUTDOWN = 20  # seconds that an idle one may take: now and then ipykernel's threads wait for each other forever
@@ -39,26 +41,29 @@ def run_notebook(path: Path, *, in_place: bool = False) -> int | None:
 
     The executed notebook, and an HTML page of it, go to the folder of runs, and with `in_place` into the notebook
     itself. If a cell fails, the kernel dies or a signal stops it, the notebook is not touched, and the outputs so far
-    go to NAME.unfinished.ipynb in the folder of runs. A file there is replaced only if this function wrote it.
+    go to NAME.unfinished.ipynb in the folder of runs. So they do if the notebook was changed while `in_place` ran it.
+    A file there is replaced only if this function wrote it; results of another notebook or profile, and an unfinished
+    run that got further, are kept under another name.
 
     Returns:
-        The signal that stopped the run (Ctrl-C or SIGTERM), or None.
+        The signal that stopped the run, see `stop_signals`, or None.
 
     Raises:
         ValueError: the file is not a notebook, or not one of Python.
         OSError: the results cannot be written. This is checked before the first cell runs.
-        RuntimeError: a cell failed, or the kernel died.
+        RuntimeError: a cell failed, the kernel died, or the notebook was changed meanwhile.
     """
     notebook, results = _read(path), _plan(path, in_place)
+    unchanged = _digest(path.read_bytes())
     client = Client(notebook, path.parent)
     try:
         client.execute()
         if client.stopped_by:
             raise RuntimeError("stopped in the last cell")
     except BaseException as error:
-        kept = _keep(notebook, results.unfinished)
+        kept = _keep(notebook, results)
         if client.stopped_by:
-            print(f"stopped in {client.current}. {kept}", file=sys.stderr)
+            warn(f"stopped in {client.current}. {kept}")
             return client.stopped_by
         if isinstance(error, (CellExecutionError, RuntimeError)):
             raise RuntimeError(f"{client.explain(path.name, error)}. {kept}") from None
@@ -66,25 +71,31 @@ def run_notebook(path: Path, *, in_place: bool = False) -> int | None:
     finally:
         if client.km is None:  # the kernel is gone, and of one that did not start nbclient keeps this
             atexit.unregister(client._cleanup_kernel)
-    _write(results.notebook, nbformat.writes(notebook), record=not in_place)
+    if in_place:
+        if not path.exists() or _digest(path.read_bytes()) != unchanged:
+            raise RuntimeError(f"{path} was changed while it ran, and stays as it is. {_keep(notebook, results)}")
+        _write(results.notebook, nbformat.writes(notebook), record=False)
+    else:
+        _save(results.notebook, notebook, results)
+    if results.page:
+        _write(results.page, Page(template_name="classic").from_notebook_node(notebook)[0], record=True)
     print(f"\nfinished in {client.minutes:.1f} minutes")
     for output in client.code[-1].outputs if client.code else []:
         print(output.get("text", ""), end="")
     print(f"the executed notebook: {display_path(results.notebook)}")
     if results.page:
-        _write(results.page, Page(template_name="classic").from_notebook_node(notebook)[0], record=True)
         print(f"the same as a page:    {display_path(results.page)}")
     return None
 
 
-def _keep(notebook: nbformat.NotebookNode, unfinished: Path) -> str:
+def _keep(notebook: nbformat.NotebookNode, results: Results) -> str:
     """Save the outputs of a run that did not get to its end, and say where they are."""
     try:
-        _write(unfinished, nbformat.writes(notebook), record=True)
+        _save(results.unfinished, notebook, results)
     except OSError as error:
-        where = f"could not be written to {display_path(unfinished)} ({error.strerror})"
+        where = f"could not be written to {display_path(results.unfinished)} ({error.strerror})"
     else:
-        where = f"are in {display_path(unfinished)}"
+        where = f"are in {display_path(results.unfinished)}"
     return f"The outputs so far {where}; the same command resumes training from the newest checkpoint"
 
 
@@ -115,8 +126,8 @@ class Manager(AsyncKernelManager):
 class Client(NotebookClient):
     """Runs the cells of a notebook, prints the progress, and stops at the end of a cell when a signal asks for it.
 
-    The first Ctrl-C or SIGTERM interrupts the cell in progress, like the stop button of Jupyter: training finishes its
-    step and writes a checkpoint. The second one kills the kernel.
+    The first Ctrl-C, SIGTERM or hangup interrupts the cell in progress, like the stop button of Jupyter: training
+    finishes its step and writes a checkpoint. The second one kills the kernel.
 
     A kernel that executes nothing is interrupted as soon as it says that it executes the next cell.
     """
@@ -144,13 +155,15 @@ class Client(NotebookClient):
 
     async def async_start_new_kernel(self, **options) -> None:
         loop = asyncio.get_running_loop()
-        for kind in (signal.SIGINT, signal.SIGTERM):
+        for kind in stop_signals():
             loop.add_signal_handler(kind, self._stop, kind)  # instead of nbclient's, which shuts the kernel down
         await super().async_start_new_kernel(**options)
 
-    def _stop(self, kind: int) -> None:
+    def _stop(self, kind: signal.Signals) -> None:
+        if self.stopped_by == kind and kind.name == "SIGHUP":
+            return  # the shell and the system may both report the same hangup
         again, self.stopped_by = self.stopped_by is not None, kind
-        print(f"stopping {self.current}" + ("" if again else "; once more kills it"), file=sys.stderr, flush=True)
+        warn(f"stopping {self.current}" + ("" if again else "; once more kills it"))
         if self.km is not None and self.km.has_kernel:
             self._send(self.km.shutdown_kernel(now=True) if again else self.km.interrupt_kernel())
 
@@ -164,7 +177,8 @@ class Client(NotebookClient):
             number = next(n for n, other in enumerate(self.code, 1) if other is cell)
             first_line = next(line for line in cell.source.splitlines() if line.strip())[:90]
             self.current = f"cell {number} of {len(self.code)} ({first_line})"
-            print(f"[{self.minutes:4.1f} min] cell {number}/{len(self.code)}: {first_line}", flush=True)
+            with despite_lost_output():
+                print(f"[{self.minutes:4.1f} min] cell {number}/{len(self.code)}: {first_line}", flush=True)
 
     def _rest(self, **_) -> None:
         self._set_executing(False)
@@ -184,7 +198,7 @@ class Client(NotebookClient):
             if self.stopped_by and self.km is not None:
                 self._send(self.km.interrupt_kernel())
         if message["msg_type"] == "stream" and message["content"]["name"] == "stderr":
-            print(message["content"]["text"], end="", file=sys.stderr, flush=True)  # progress bars and warnings
+            warn(message["content"]["text"], end="")  # progress bars and warnings
             return None
         return super().process_message(message, cell, cell_index)
 
@@ -236,7 +250,8 @@ def _read(path: Path) -> nbformat.NotebookNode:
             cell.metadata.pop("execution", None)
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
-        notebook.metadata.pop("widgets", None)
+        for name in ("widgets", ORIGIN):
+            notebook.metadata.pop(name, None)
         language = _language(notebook.metadata)
         _validate(notebook)
     except OSError:
@@ -273,6 +288,7 @@ class Results:
     notebook: Path
     page: Path | None
     unfinished: Path  # the outputs of a run that does not get to its end
+    origin: dict  # which notebook was run, and in which profile
 
 
 def _plan(path: Path, in_place: bool) -> Results:
@@ -280,25 +296,55 @@ def _plan(path: Path, in_place: bool) -> Results:
     runs = runs_folder()
     require_writable(runs, "; DALM_RUNS names another folder")
     unfinished = runs / f"{path.stem}.unfinished.ipynb"
+    origin = {"source": str(path.resolve()), "profile": profile_name()}
     _check_ours(unfinished)
     if in_place:
         target = path.resolve()
         require_writable(target.parent)
         if not (os.access(target, os.W_OK) and target.stat().st_mode & 0o222):
             raise PermissionError(f"{path} is read-only")
-        return Results(target, None, unfinished)
+        return Results(target, None, unfinished, origin)
     target, page = runs / path.name, runs / f"{path.stem}.html"
     if target.exists() and target.samefile(path):
         raise ValueError(f"{path} is where its own results would go; pass --in-place to write them into it")
     _check_ours(target)
     _check_ours(page)
-    return Results(target, page, unfinished)
+    return Results(target, page, unfinished, origin)
 
 
 def _check_ours(path: Path) -> None:
-    """Raise FileExistsError for a file that was not written by `_write`, or was changed since."""
-    if path.exists() and (not path.is_file() or _digest(path.read_bytes()) not in _record_of(path).split()):
+    """Raise FileExistsError for what is not ours to replace, see `_is_ours`."""
+    if path.exists() and not _is_ours(path):
         raise FileExistsError(f"{path} was not written by this command, or was changed since; move it to another place")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether `_write` wrote this file, and nobody has changed it since."""
+    return path.is_file() and _digest(path.read_bytes()) in _record_of(path).split()
+
+
+def _save(path: Path, notebook: nbformat.NotebookNode, results: Results) -> None:
+    """Write an executed notebook to the folder of runs; one that it must not replace is renamed, and so is its page."""
+    executed = copy.deepcopy(notebook)
+    executed.metadata[ORIGIN] = results.origin
+    if path.exists() and not _may_replace(path, executed, path == results.unfinished):
+        kept = path.rename(free(path, "old"))
+        if path == results.notebook and results.page and results.page.exists():
+            results.page.rename(free(results.page, "old"))
+        warn(
+            f"the earlier {path.name} was kept as {kept.name}, since it is of another notebook or profile, "
+            "got further, or was edited meanwhile"
+        )
+    _write(path, nbformat.writes(executed), record=True)
+
+
+def _may_replace(path: Path, new: nbformat.NotebookNode, unfinished: bool) -> bool:
+    """Whether a file has results of the same notebook and profile, and of an unfinished run that got no further."""
+    if not _is_ours(path):
+        return False
+    old = nbformat.read(path, as_version=4)
+    executed = [sum(cell.get("execution_count") is not None for cell in one.cells) for one in (old, new)]
+    return old.metadata.get(ORIGIN) == new.metadata[ORIGIN] and not (unfinished and executed[0] > executed[1])
 
 
 def _write(path: Path, text: str, *, record: bool) -> None:
