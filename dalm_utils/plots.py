@@ -183,11 +183,11 @@ def _smooth(x: list, y: list, window: int = 5) -> tuple[list, np.ndarray | list]
 def arms(scores: dict[str, list[float]]) -> None:
     """Each arm's NELBO: a dot for each seed, a bar for their mean with its standard error."""
     figure, axis = plt.subplots(figsize=(8, 0.62 * len(scores) + 1.2))
-    for row, (values, color) in enumerate(zip(scores.values(), cycle(COLORS), strict=False)):
+    for row, values in enumerate(scores.values()):
         mean, error = mean_and_error(np.array(values))
-        axis.plot(values, [row] * len(values), "o", color=color, alpha=0.45, ms=7)
-        axis.errorbar(mean, row, xerr=error, color=color, marker="|", ms=22, mew=2.5, capsize=4)
-        axis.annotate(f"{mean:.3f}", (mean, row), (0, 15), textcoords="offset points", ha="center", color=color)
+        axis.plot(values, [row] * len(values), "o", color=BLUE, alpha=0.45, ms=7)
+        axis.errorbar(mean, row, xerr=error, color=BLUE, marker="|", ms=22, mew=2.5, capsize=4)
+        axis.annotate(f"{mean:.3f}", (mean, row), (0, 15), textcoords="offset points", ha="center", color=BLUE)
     axis.set(
         yticks=range(len(scores)),
         ylim=(len(scores) - 0.5, -0.7),
