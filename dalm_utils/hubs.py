@@ -51,24 +51,8 @@ def find(name: str, hub: str, revision: str | None) -> Path:
         raise ValueError(f"revision {revision!r} belongs to a hub: use hub='huggingface' or hub='modelscope'")
     tried = []
     if hub in ("auto", "local") and revision is None:
-        base, local = BASES / name, Path(os.path.expanduser(name))
-        is_path = Path(name).name != name  # which is not looked for in BASES, nor from there
-        for place in (*([] if is_path else [base]), local, PROJECT / name):
-            if (place / "best" / "config.json").is_file():
-                raise FileNotFoundError(f"{name!r} is the folder of a run; its model is {name}/best")
-            if _is_run(place):
-                models = [path.name for path in RunFolder(place).checkpoints() if any(path.glob(WEIGHTS))]
-                remedy = f"its newest model is {name}/{models[-1]}" if models else "it has no model yet"
-                raise FileNotFoundError(f"{name!r} is the folder of a run without a best model; {remedy}")
-            if (place / "config.json").is_file() or (place.suffix.lower() == ".gguf" and place.is_file()):
-                if place is base and (local / "config.json").is_file() and not local.samefile(base):
-                    _warn_of_two(name, base, local.resolve())
-                return place
-        if name in SHIPPED:
-            raise FileNotFoundError(
-                f"{name!r} is not in {BASES}: it ships with the project's repository, and an installed package has no "
-                f"copy. Work in a checkout, or name the folder there: PATH/TO/CHECKOUT/checkpoints/base/{name}"
-            )
+        if place := _find_here(name):
+            return place
         tried.append(f"checkpoints/base/{name} and {name!r}: neither a folder with config.json nor a .gguf file")
     if hub != "local" and revision is None:
         name, _, revision = name.partition("@")
@@ -79,9 +63,37 @@ def find(name: str, hub: str, revision: str | None) -> Path:
             return download(name, revision)
         except FileNotFoundError as error:
             tried.append(f"{download.__name__.removeprefix('_from_')}: {error}")
+    raise FileNotFoundError(_what_was_tried(name, hub, revision, tried))
+
+
+def _find_here(name: str) -> Path | None:
+    """A base that ships, a local model, or one named from the project's root. The folder of a run is an error."""
+    base, local = BASES / name, Path(os.path.expanduser(name))
+    is_path = Path(name).name != name  # which is not looked for in BASES, nor from there
+    for place in (*([] if is_path else [base]), local, PROJECT / name):
+        if (place / "best" / "config.json").is_file():
+            raise FileNotFoundError(f"{name!r} is the folder of a run; its model is {name}/best")
+        if _is_run(place):
+            models = [path.name for path in RunFolder(place).checkpoints() if any(path.glob(WEIGHTS))]
+            remedy = f"its newest model is {name}/{models[-1]}" if models else "it has no model yet"
+            raise FileNotFoundError(f"{name!r} is the folder of a run without a best model; {remedy}")
+        if (place / "config.json").is_file() or (place.suffix.lower() == ".gguf" and place.is_file()):
+            if place is base and (local / "config.json").is_file() and not local.samefile(base):
+                _warn_of_two(name, base, local.resolve())
+            return place
+    if name in SHIPPED:
+        raise FileNotFoundError(
+            f"{name!r} is not in {BASES}: it ships with the project's repository, and an installed package has no "
+            f"copy. Work in a checkout, or name the folder there: PATH/TO/CHECKOUT/checkpoints/base/{name}"
+        )
+    return None
+
+
+def _what_was_tried(name: str, hub: str, revision: str | None, tried: list[str]) -> str:
+    """That there is no such model, and other ways to get one."""
     other = "modelscope" if hub in ("auto", "huggingface") else "huggingface"
     hint = "" if hub == "local" or "/" in name else "; ids of ModelScope have an owner: gpt2 is AI-ModelScope/gpt2"
-    raise FileNotFoundError(
+    return (
         f"no model {name!r} (hub={hub!r}{f', revision={revision!r}' if revision else ''}). "
         f"Tried {'; '.join(tried)}. Three other ways to get a model: a base that ships with the project "
         f"({', '.join(SHIPPED)}); a local folder with config.json, model.safetensors and a tokenizer, or a .gguf file "
