@@ -388,13 +388,13 @@ def test_a_killed_preparation_begins_again_cleanly(tmp_path, held):
 
 @pytest.mark.slow
 def test_a_second_process_waits_for_the_first_and_takes_what_it_made(tmp_path, held, monkeypatch):
-    def let_go(message, file):
+    def let_go(message):
         assert "another process is preparing" in message
         process.stdin.write(b"go\n")
         process.stdin.flush()
 
     source, process = held(tmp_path / "cache")
     monkeypatch.setattr(corpus, "_write", None)
-    monkeypatch.setattr(corpus.tqdm, "write", let_go)  # it says that it waits
+    monkeypatch.setattr(corpus, "warn", let_go)  # it says that it waits
     made = load_corpus(source, tiny_tokenizer(), cache=tmp_path / "cache")
     assert process.wait() == 0 and sum(made.facts["documents"].values()) == len(MANY)
