@@ -33,13 +33,7 @@ transformers.logging.disable_progress_bar()  # weights of this size load and sav
 
 LARGE_LOGIT = 1e3  # well beyond any soft cap, and within float16
 MASK_INIT_WORD = " the"  # [MASK] starts as a copy of it: common, and it says little about its neighbors
-MODEL_ERRORS = (
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)  # of a model that is fed what it lacks
+MODEL_ERRORS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)  # models differ in what they raise
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")  # settings that limit what a layer sees
 
 

@@ -43,7 +43,7 @@ RESUMABLE = {  # how to resume after all, where only this setting differs
 NOT_COMPARED = {"text", "field"}  # where the tokens came from; a digest of the tokens is compared instead
 MACHINE_KEYS = ("seconds", "tokens_per_second", "memory", "eta")  # of a record: they differ when a run is repeated
 
-CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # errno of one that cannot sync folders
+CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # errno of a disk that cannot sync folders
 IS_LOCKED = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}  # errno of a lock that another process holds
 PROBE = 2**20  # bytes that are written to find out whether a disk is full
 LOCK_WAIT = 1.0  # seconds; a process that calls `is_claimed` holds a lock for a moment
@@ -212,14 +212,14 @@ def _others(folder: Path) -> list[Path]:
     """The files in a folder that its manifest does not name, or that were changed after it was written."""
     manifest = folder / MANIFEST
     try:
-        written = manifest.stat().st_mtime_ns
+        written = manifest.stat().st_ctime_ns  # which, unlike mtime, a file that is moved here cannot bring along
         digests = {**json.loads(manifest.read_bytes())}
     except (OSError, ValueError, TypeError):
         return [path for path in folder.rglob("*") if not path.is_dir()]
 
     def is_ours(path: Path) -> bool:
         digest = digests.get(path.relative_to(folder).as_posix())
-        return digest is not None and (path.stat().st_mtime_ns <= written or _digest(path) == digest)
+        return digest is not None and (path.stat().st_ctime_ns <= written or _digest(path) == digest)
 
     return [path for path in folder.rglob("*") if not path.is_dir() and path != manifest and not is_ours(path)]
 
@@ -314,11 +314,14 @@ class RunFolder:
         A run that was killed before its first checkpoint has lost none, and makes the same best model again.
         """
         config, best, history = (self.path / name for name in ("config.json", "best", "history.jsonl"))
-        if earlier is None or not (any(self.path.glob("step-*")) or _has_ended(history, earlier["total_steps"])):
+        found = [path for path in (best, history) if path.exists()]
+        set_aside = any(self.path.glob("config.json.old*"))  # before, when the run lost the checkpoints that lie here
+        had_checkpoints = any(self.path.glob("step-*")) and not set_aside
+        if earlier is None or not found or not (had_checkpoints or _has_ended(history, earlier["total_steps"])):
             return
         kept = [free(config, "old")]
         shutil.copy(config, kept[0])  # a copy, since a folder without config.json is no run's
-        kept += [path.rename(free(path, "old")) for path in (best, history) if path.exists()]
+        kept += [path.rename(free(path, "old")) for path in found]
         warn(
             f"{self.path.name} has no checkpoint to resume, so it starts over; what it had is now "
             f"{', '.join(path.name for path in kept)}"

@@ -109,9 +109,9 @@ def about_left_out(facts: dict, kind: str) -> str:
         reason = next(iter(counts))
         told[0] += f" (the first at {facts['skipped_at'][0].removesuffix(f': {reason}')})"
     if copies:
-        told.append(f"{copies:,} copies")
+        told.append(f"{copies:,} {'copy' if copies == 1 else 'copies'}")
     total = left_out + sum(facts["documents"].values())
-    return f"{left_out:,} of {total:,} {kind} of {facts['name']!r} are left out: {', '.join(told)}"
+    return f"left out of {facts['name']!r}: {left_out:,} of {total:,} {kind}: {', '.join(told)}"
 
 
 class MissingField(ValueError):

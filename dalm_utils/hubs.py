@@ -69,7 +69,7 @@ def find(name: str, hub: str, revision: str | None) -> Path:
 def _find_here(name: str) -> Path | None:
     """A base that ships, a local model, or one named from the project's root. The folder of a run is an error."""
     base, local = BASES / name, Path(os.path.expanduser(name))
-    is_path = Path(name).name != name  # which is not looked for in BASES, nor from there
+    is_path = Path(name).name != name.rstrip("/")  # which is not looked for in BASES, nor from there
     for place in (*([] if is_path else [base]), local, PROJECT / name):
         if (place / "best" / "config.json").is_file():
             raise FileNotFoundError(f"{name!r} is the folder of a run; its model is {name}/best")

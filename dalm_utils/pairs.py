@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
 import hashlib
 import itertools
@@ -43,11 +42,13 @@ VERSION = 2  # of this file's output: raise it when a change alters what is writ
 FORMS = (("prompt", "response"), ("messages",))  # the fields that are looked for when none are named
 PROMPT, ANSWER, END = range(3)  # the role of a token; END is an answer's, too, and ends the pair
 BATCH = 1000  # pairs that are tokenized together
-TODAY = datetime.date(2024, 7, 26)  # for templates that print the date: a text must be the same every day
-CODES = ("%a", "%A", "%b", "%B", "%d", "%-d", "%m", "%-m", "%y", "%Y", "%j", "%H", "%I", "%M", "%S", "%p")
+TODAY = {  # 26 July 2024, in English, for templates that print the date: a text must be the same every day
+    "%a": "Fri", "%A": "Friday", "%b": "Jul", "%B": "July", "%d": "26", "%-d": "26", "%m": "07", "%-m": "7",
+    "%y": "24", "%Y": "2024", "%j": "208", "%H": "00", "%I": "12", "%M": "00", "%S": "00", "%p": "AM",
+}  # fmt: skip
 CLOCK = (  # put before a template, it replaces the function `strftime_now` of transformers, which asks the machine
-    "{% macro strftime_now(form) %}{{ form"
-    + "".join(f" | replace('{code}', '{TODAY.strftime(code)}')" for code in CODES)
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('{code}', '{text}')" for code, text in TODAY.items())
     + " }}{% endmacro +%}"
 )
 

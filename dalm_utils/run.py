@@ -42,7 +42,7 @@ from .processes import (
     on_main,
     optimizer_state,
 )
-from .sampling import generate
+from .sampling import NotFinite, generate
 from .stability import MAX_ROLLBACKS, ROLLBACK_LR_FACTOR, Unstable
 from .step import TrainStep
 from .tasks import TASKS
@@ -340,7 +340,7 @@ class Run:
                 samples = generate(
                     self.model, self.tokenizer, **request, steps=32, seed=self.config.seed, precision=self.precision
                 )
-        except ValueError as error:
+        except NotFinite as error:
             if self.is_main:
                 warn(f"no sample at step {self.step}: {first_line(error)}")
             return {}

@@ -158,13 +158,17 @@ def generate(
 
 
 # ----------------------------------------------------------------------------------------------- one token
+class NotFinite(ValueError):
+    """The model's logits are infinite or NaN."""
+
+
 def draw(
     logits: Tensor, temperature: float, top_p: float | None, top_k: int | None, generator: torch.Generator
 ) -> Tensor:
     """One token for each row of logits `[M, V]`, drawn in float64: `[M]` on the CPU."""
     largest = logits.amax(-1, keepdim=True)
     if not torch.isfinite(largest).all():
-        raise ValueError("the model's logits are not finite: its weights are damaged, or it needs precision='fp32'")
+        raise NotFinite("the model's logits are not finite: its weights are damaged, or it needs precision='fp32'")
     if temperature == 0:
         return logits.argmax(-1).cpu()
     weights = ((logits.double() - largest) / temperature).softmax(-1)  # no temperature is too low

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-DISK_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}  # a disk refuses to write
+# of a disk that refuses to write; EIO also of a terminal that has gone
+DISK_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 def first_line(error: BaseException) -> str:

@@ -192,12 +192,20 @@ def _advance(runs: list[Run]) -> bool:
     return recorded
 
 
+class _Bar(tqdm):
+    """A bar that stays undrawn where that is refused: an error of `display` would leave tqdm's lock held for good."""
+
+    def display(self, *arguments, **options):
+        with despite_lost_output():
+            super().display(*arguments, **options)
+
+
 @contextlib.contextmanager
 def _progress_bar(runs: dict[str, Run]) -> Iterator[Callable[[], None]]:
     """A bar on the main process for the longest run, and the function that brings it up to date."""
     first = max(runs.values(), key=lambda run: run.total)
     # Drawn once a second: a notebook's viewer may keep a thousand messages of a cell and lose the rest.
-    bar = tqdm(
+    bar = _Bar(
         total=first.total, initial=first.step, desc=" + ".join(runs), unit="step", mininterval=1,
         disable=not first.is_main,
     )  # fmt: skip

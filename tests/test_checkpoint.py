@@ -315,6 +315,19 @@ def test_a_run_without_checkpoints_keeps_its_best_model(tmp_path, capsys, lost):
     assert is_whole(config.folder / "step-000012")
 
 
+def test_what_a_run_had_is_set_aside_once_however_often_it_starts_over(tmp_path, capsys):
+    train(*tiny_diffusion(), (config := tiny_config(tmp_path)))
+    for folder in config.folder.glob("step-*"):
+        (folder / "optimizer.pt").write_bytes(b"")
+    for _ in range(3):  # stopped by an error before its first checkpoint
+        with pytest.raises(OverflowError):
+            train(*tiny_diffusion(), config, on_log=lambda *_: (_ for _ in ()).throw(OverflowError))
+        shutil.rmtree(next(iter(config.folder.glob("step-0000??")), tmp_path / "none"), ignore_errors=True)
+    assert sorted(path.name for path in config.folder.glob("*.old*")) == [
+        "best.old1", "config.json.old1", "history.jsonl.old1",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("changes", [{}, {"learning_rate": 1e-3, "steps": 14}], ids=["same", "others"])
 def test_a_finished_run_whose_weights_were_archived_keeps_its_curve_and_settings(tmp_path, capsys, changes):
     config = tiny_config(tmp_path)
@@ -382,9 +395,10 @@ def test_files_that_the_user_adds_to_a_checkpoint_outlive_it(tmp_path, capsys):
 def test_a_checkpoint_whose_files_the_user_changed_outlives_it(tmp_path, capsys):
     for number, change in enumerate([lambda card: card.write_text("the user's model card"), Path.touch], 1):
         write(tmp_path / "best")
-        manifest = (tmp_path / "best" / "manifest.json").stat()
-        change(tmp_path / "best" / "weights")
-        os.utime(tmp_path / "best" / "weights", ns=(0, manifest.st_mtime_ns + 1))  # whatever the clock's resolution
+        manifest, weights = (tmp_path / "best" / name for name in ("manifest.json", "weights"))
+        change(weights)
+        while weights.stat().st_ctime_ns <= manifest.stat().st_ctime_ns:  # until the clock of the disk has moved
+            os.utime(weights, ns=(0, 0))
         write(tmp_path / "best", "new")
         assert ("was kept as best.old1" in capsys.readouterr().err) == (number == 1)
     assert (tmp_path / "best.old1" / "weights").read_text() == "the user's model card"

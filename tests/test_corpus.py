@@ -276,7 +276,7 @@ def test_documents_that_were_left_out_are_said_in_one_sentence(tmp_path):
     made = load_corpus(source, tiny_tokenizer(), cache=tmp_path / "cache")
     first = f"t.jsonl:{len(MANY) + 1}"
     assert made.about_left_out() == (
-        f"5 of {len(MANY) + 5} documents of {source!r} are left out: 2 not JSON (the first at {first}), 1 empty "
+        f"left out of {source!r}: 5 of {len(MANY) + 5} documents: 2 not JSON (the first at {first}), 1 empty "
         "document, 2 copies"
     )
     whole = load_corpus(write_lines(tmp_path / "whole.jsonl", MANY), tiny_tokenizer(), cache=tmp_path / "cache")

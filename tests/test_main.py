@@ -1,5 +1,4 @@
 import argparse
-import fcntl
 import io
 import json
 import os
@@ -10,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import termios
 from types import SimpleNamespace
 
 import pytest
@@ -88,7 +86,7 @@ def test_train_and_evaluate_say_what_of_a_text_they_leave_out(workplace, capsys,
     objective = "diffusion" if kind == "documents" else "finetune"
     assert main(["train", "gpt2", "name=cli", f"text={text}", f"objective={objective}", *settings]) == 0
     assert main(["evaluate", str(workplace / "runs" / "cli" / "best"), "--blocks", "2"]) == 0
-    told = f"90 of 282 {kind} of {str(text)!r} are left out: 90 not UTF-8 (convert it, as by iconv"
+    told = f"left out of {str(text)!r}: 90 of 282 {kind}: 90 not UTF-8 (convert it, as by iconv"
     assert capsys.readouterr().err.count(told) == 2
 
 
@@ -617,17 +615,21 @@ def test_a_signal_at_the_last_step_does_not_make_a_finished_run_a_stopped_one(wo
 @pytest.mark.usefixtures("hears_hangups")
 def test_a_run_whose_terminal_is_closed_writes_a_checkpoint(workplace):
     ours, theirs = pty.openpty()
+    take = "import os, sys; os.open(os.ttyname(0), os.O_RDWR); os.execv(sys.argv[1], sys.argv[1:])"  # as its own
     command = [*COMMAND, "train", "gpt2", "name=cli", "log_every=1", "steps=100000", "save_every=100000"]
     run = subprocess.Popen(
-        command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=PROJECT, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        [sys.executable, "-c", take, *command], stdin=theirs, stdout=theirs, stderr=theirs, cwd=PROJECT,
+        start_new_session=True,
     )  # fmt: skip
     os.close(theirs)
-    told = b""
-    while b"step      3" not in told:
-        told += os.read(ours, 4096)  # an error if the run ends before
-    os.close(ours)
-    assert run.wait(PATIENCE) == 129
+    try:
+        told = b""
+        while b"step      3" not in told:
+            told += os.read(ours, 4096)  # an error if the run ends before
+        os.close(ours)
+        assert run.wait(PATIENCE) == 129
+    finally:
+        run.kill()
     assert len(RunFolder(workplace / "runs" / "cli").checkpoints()) == 1
 
 

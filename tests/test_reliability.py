@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from dalm_utils import checkpoint, train
 from dalm_utils.checkpoint import RunFolder, is_whole, write_whole
 from dalm_utils.config import PROJECT
 from dalm_utils.history import History
+from dalm_utils.terminal import warn
 from tests.helpers import PATIENCE, comparable, tiny_base, tiny_config, tiny_diffusion, tiny_model, tiny_tokenizer
 from tests.processes import Gate, Strike, exit_codes, last_step, start
 
@@ -295,9 +297,19 @@ def test_a_progress_bar_that_cannot_be_drawn_costs_nothing(tmp_path, expected, m
     clock = itertools.count(0, 2)
     monkeypatch.setattr("tqdm.std.time", lambda: next(clock))  # seconds: it is drawn at each step
     monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
-    monkeypatch.setattr(sys, "stderr", Stream())
-    train(*tiny_diffusion(), config, on_log=lambda *_: setattr(Stream, "refuses", True))
+    for name in ("stderr", "stdout"):
+        monkeypatch.setattr(sys, name, Stream())
+
+    def report(*_):
+        Stream.refuses = True
+        print("a record")
+
+    train(*tiny_diffusion(), config, on_log=report)
     assert_same(outcome(config.folder), expected)
+    other = threading.Thread(target=warn, args=("the lock of the bar is free",), daemon=True)
+    other.start()
+    other.join(PATIENCE)
+    assert not other.is_alive()
 
 
 def test_a_last_checkpoint_that_could_not_be_written_is_an_error(tmp_path, capsys):

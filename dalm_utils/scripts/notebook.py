@@ -41,9 +41,9 @@ def run_notebook(path: Path, *, in_place: bool = False) -> int | None:
 
     The executed notebook, and an HTML page of it, go to the folder of runs, and with `in_place` into the notebook
     itself. If a cell fails, the kernel dies or a signal stops it, the notebook is not touched, and the outputs so far
-    go to NAME.unfinished.ipynb in the folder of runs. So they do if the notebook was changed while `in_place` ran it.
-    A file there is replaced only if this function wrote it; results of another notebook or profile, and an unfinished
-    run that got further, are kept under another name.
+    go to NAME.unfinished.ipynb in the folder of runs. The same happens if the notebook was changed while it ran with
+    `in_place`. A file in the folder of runs is replaced only if this function wrote it; results of another notebook or
+    profile, and an unfinished run that got further, are kept under another name.
 
     Returns:
         The signal that stopped the run, see `stop_signals`, or None.
@@ -78,6 +78,8 @@ def run_notebook(path: Path, *, in_place: bool = False) -> int | None:
     else:
         _save(results.notebook, notebook, results)
     if results.page:
+        if results.page.exists() and not _is_ours(results.page):  # edited meanwhile
+            results.page.rename(free(results.page, "old"))
         _write(results.page, Page(template_name="classic").from_notebook_node(notebook)[0], record=True)
     print(f"\nfinished in {client.minutes:.1f} minutes")
     for output in client.code[-1].outputs if client.code else []:
@@ -175,10 +177,10 @@ class Client(NotebookClient):
             raise RuntimeError("stopped")
         if cell.cell_type == "code" and cell.source.strip():
             number = next(n for n, other in enumerate(self.code, 1) if other is cell)
-            first_line = next(line for line in cell.source.splitlines() if line.strip())[:90]
-            self.current = f"cell {number} of {len(self.code)} ({first_line})"
+            line = next(text for text in cell.source.splitlines() if text.strip())[:90]
+            self.current = f"cell {number} of {len(self.code)} ({line})"
             with despite_lost_output():
-                print(f"[{self.minutes:4.1f} min] cell {number}/{len(self.code)}: {first_line}", flush=True)
+                print(f"[{self.minutes:4.1f} min] cell {number}/{len(self.code)}: {line}", flush=True)
 
     def _rest(self, **_) -> None:
         self._set_executing(False)

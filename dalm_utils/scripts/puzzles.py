@@ -87,6 +87,8 @@ def main() -> None:
     parser.add_argument("--givens", type=int, default=7, help="cells that are shown, of 16")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.out.exists():
+        raise FileExistsError(f"{options.out} exists; name another file")
     lines = [json.dumps(puzzle) + "\n" for puzzle in puzzles(options.count, options.givens, options.seed)]
     with options.out.open("x") as file:  # only now, so that a refusal leaves no file in the way
         file.writelines(lines)
