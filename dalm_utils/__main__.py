@@ -124,8 +124,8 @@ def _train(options: argparse.Namespace) -> int:
     if PartialState().is_main_process:
         with despite_lost_output():
             for key in ("loss", "nelbo", "nll", "bits_per_byte", "tokens_per_second"):
-                if history.last(key) is not None:
-                    print(f"{key:>18}  {history.last(key):.4g}")
+                if (value := history.last(key)) is not None:
+                    print(f"{key:>18}  {value:,}" if isinstance(value, int) else f"{key:>18}  {value:.4g}")
             print(f"{'checkpoints':>18}  {display_path(config.folder)}")
     return 128 + history.stopped_by if history.stopped_by else 0
 
