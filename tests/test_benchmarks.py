@@ -58,7 +58,7 @@ def test_the_parts_of_the_sampling_benchmark_run(monkeypatch, capsys):
     blocks = torch.randint(300, (3, 40), generator=torch.Generator().manual_seed(0))
     share, speedup = sampling.against_plain(*tiny_diffusion(), length=12, steps=5, rounds=1).values()
     assert 0 < share < 1 and speedup > 0
-    assert sampling.cached_speedup("tiny", model, tokenizer, length=24, count=20, rounds=1) > 0
+    assert sampling.cached_speedup("tiny", model, tokenizer, length=24, count=20, rounds=1, precision="fp32") > 0
     monkeypatch.setattr(sampling, "PROMPT", 8)
     tokens_per_pass = sampling.quality((model, tokenizer), judge, blocks, sampling.WAYS)
     assert all(value >= 1 for value in tokens_per_pass.values()) and list(tokens_per_pass) == list(sampling.WAYS)

@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from dalm_utils import as_diffusion, generate, load_base, load_corpus, load_diffusion
 from dalm_utils.evaluation import stack
-from dalm_utils.machine import autocast
+from dalm_utils.machine import autocast, pick_precision
 from dalm_utils.quality import infilling, text_quality
 from tests.benchmarks import finish, in_turns, machine, options
 
@@ -93,12 +93,12 @@ def against_plain(model, tokenizer, length: int, steps: int, rounds: int) -> dic
     return {"trunk_share": share, "speedup_vs_plain": seconds["plain"] / seconds["random"]}
 
 
-def cached_speedup(name: str, model, tokenizer, length: int, count: int, rounds: int) -> float:
+def cached_speedup(name: str, model, tokenizer, length: int, count: int, rounds: int, precision: str) -> float:
     """How many times faster the last `count` tokens of a text of `length` are generated with a cache."""
     given = torch.arange(10, 10 + length - 1 - count)
 
     def sample(cache: bool):
-        generate(model, tokenizer, parts=[given, count], **TEXT, cache=cache)
+        generate(model, tokenizer, parts=[given, count], **TEXT, cache=cache, precision=precision)
 
     seconds = in_turns({"full": lambda: sample(False), "cached": lambda: sample(True)}, rounds)
     ratio = seconds["full"] / seconds["cached"]
@@ -146,11 +146,13 @@ def main() -> None:
     large, small = gpt2(), load_diffusion("tiny-diffugpt")
     figures = against_plain(*gpt2(), asked.length, asked.steps, asked.rounds)
 
-    print("\n| | length | ms a pass, full | ms a pass, cached | times faster |\n|---|---|---|---|---|")
-    speed = dict(rounds=asked.rounds)
-    figures["cache_speedup"] = cached_speedup("tiny-diffugpt", *small, asked.length, 4 * asked.count, **speed)
-    figures["cache_speedup_gpt2"] = cached_speedup("GPT-2", *large, asked.length, asked.count, **speed)
-    figures["cache_speedup_gpt2_512"] = cached_speedup("GPT-2", *large, 2 * asked.length, asked.count, **speed)
+    for precision in dict.fromkeys(("fp32", pick_precision("auto", small[0].device))):  # any machine's, and this one's
+        print(f"\n| {precision} | length | ms a pass, full | ms a pass, cached | times faster |\n|---|---|---|---|---|")
+        speed, end = dict(rounds=asked.rounds, precision=precision), "" if precision == "fp32" else f"_{precision}"
+        length, count = asked.length, asked.count
+        figures[f"cache_speedup{end}"] = cached_speedup("tiny-diffugpt", *small, length, 4 * count, **speed)
+        figures[f"cache_speedup_gpt2{end}"] = cached_speedup("GPT-2", *large, length, count, **speed)
+        figures[f"cache_speedup_gpt2_512{end}"] = cached_speedup("GPT-2", *large, 2 * length, count, **speed)
 
     columns = ("passes a text", "tokens a pass", "s", "perplexity", "entropy", "repetition", "token match of infilling")
     print(f"\n| tiny-diffugpt, length {asked.text_length} | {' | '.join(columns)} |\n|{'---|' * (1 + len(columns))}")
