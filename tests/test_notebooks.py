@@ -277,6 +277,16 @@ def test_a_notebook_that_is_stopped_ends_its_step_and_keeps_its_outputs(tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("hears_hangups")
+def test_a_signal_after_a_notebook_does_not_stop_the_next_one_in_this_process(tmp_path, runs):
+    path = write_notebook(tmp_path / "small.ipynb", "print('done')")
+    assert main(["notebook", str(path)]) == 0
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert main(["notebook", str(path)]) == 0
+
+
+@pytest.mark.slow
 def test_a_second_ctrl_c_kills_the_kernel(tmp_path):
     started = Runner(tmp_path, STUBBORN)
     started.wait_for(b"begun")

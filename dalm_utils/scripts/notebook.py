@@ -69,6 +69,7 @@ def run_notebook(path: Path, *, in_place: bool = False) -> int | None:
             raise RuntimeError(f"{client.explain(path.name, error)}. {kept}") from None
         raise
     finally:
+        client.stop_listening()
         if client.km is None:  # the kernel is gone, and of one that did not start nbclient keeps this
             atexit.unregister(client._cleanup_kernel)
     if in_place:
@@ -143,6 +144,7 @@ class Client(NotebookClient):
         self.current = "the start of the kernel"  # what it does now, in words
         self.stopped_by: int | None = None
         self.exit_status: int | None = None  # of a kernel that died
+        self.heard: list[signal.Signals] = []  # until `stop_listening`
         self.begun = time.monotonic()
         self.on_cell_start, self.on_cell_executed = self._announce, self._rest
         self.on_notebook_error = self._ask_exit_status
@@ -156,10 +158,15 @@ class Client(NotebookClient):
         return self.km
 
     async def async_start_new_kernel(self, **options) -> None:
-        loop = asyncio.get_running_loop()
-        for kind in stop_signals():
-            loop.add_signal_handler(kind, self._stop, kind)  # instead of nbclient's, which shuts the kernel down
+        self.loop, self.heard = asyncio.get_running_loop(), stop_signals()
+        for kind in self.heard:
+            self.loop.add_signal_handler(kind, self._stop, kind)  # instead of nbclient's, which shuts the kernel down
         await super().async_start_new_kernel(**options)
+
+    def stop_listening(self) -> None:
+        """Leave later signals to this process: the loop would keep them for the next notebook that runs in it."""
+        for kind in self.heard:
+            self.loop.remove_signal_handler(kind)
 
     def _stop(self, kind: signal.Signals) -> None:
         if self.stopped_by == kind and kind.name == "SIGHUP":
