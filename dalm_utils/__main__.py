@@ -570,7 +570,7 @@ def _describe(facts: dict) -> list[str]:
     """A corpus in a few lines: how much there is of it, and what was left out."""
     megabytes = sum(facts["bytes"].values()) / 1e6
     lines = [f"{facts['name']}: {megabytes:.1f} MB of text"]
-    if facts.get("seconds"):  # 0 where nothing could be measured
+    if facts.get("seconds"):  # pairs are not timed, and 0 says nothing
         lines[0] += f", prepared in {facts['seconds']:.0f} s ({megabytes / facts['seconds']:.2f} MB/s)"
     lines += [f"{'':12}{'documents':>12}{'tokens':>16}{'MB':>10}"]
     for split, tokens in facts["tokens"].items():

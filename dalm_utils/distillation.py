@@ -68,14 +68,22 @@ def choose_distill(teacher_nll: Tensor, frequency_nll: Tensor, largest: float) -
     Args:
         teacher_nll: -log p of each held-out token given the tokens before it, in nats, any shape.
         frequency_nll: the same tokens under their frequencies in the training split, see `unigram_nll`.
-        largest: an upper bound, the configured `distill`: finite, and not negative.
+        largest: an upper bound, the configured `distill`.
 
     Returns:
         a number in [0, largest].
 
     Raises:
-        ValueError: an NLL that is not finite.
+        ValueError: no tokens, unequal numbers of them, an NLL that is not finite, or a `largest` that is negative or
+            not finite.
     """
+    if not 0 <= largest < float("inf"):
+        raise ValueError(f"largest must be finite and not negative, got {largest}")
+    if teacher_nll.shape != frequency_nll.shape or not teacher_nll.numel():
+        raise ValueError(
+            "need the NLLs of the same held-out tokens, at least one, "
+            f"got shapes {tuple(teacher_nll.shape)} and {tuple(frequency_nll.shape)}"
+        )
     log_ratio = frequency_nll.double() - teacher_nll.double().to(frequency_nll.device)
     if not log_ratio.isfinite().all():
         raise ValueError("an NLL of a held-out token is infinite or NaN; check the teacher's weights and precision")

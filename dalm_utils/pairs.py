@@ -246,7 +246,12 @@ def is_pairs(source: str, field: str = RunConfig.field) -> bool:
 
 def _columns(field: str) -> set[str]:
     """The fields that a pair may have."""
-    return set(itertools.chain(*FORMS)) if field == RunConfig.field else {name.strip() for name in field.split(",")}
+    return set(itertools.chain(*FORMS)) if field == RunConfig.field else set(_names(field))
+
+
+def _names(field: str) -> tuple[str, ...]:
+    """The fields that `field` names, separated by commas."""
+    return tuple(name.strip() for name in field.split(","))
 
 
 def _forms_in(record: dict) -> list[tuple[str, ...]]:
@@ -263,7 +268,7 @@ def _named(forms: Iterable[tuple[str, ...]]) -> str:
 
 def _fields_of(record: dict, field: str, tokenizer: PreTrainedTokenizerBase, place: str) -> tuple[str, ...]:
     """The fields that hold a pair: prompt and answer, or messages."""
-    fields = tuple(name.strip() for name in field.split(","))
+    fields = _names(field)
     if field == RunConfig.field:
         found = _forms_in(record)
         if len(found) != 1:

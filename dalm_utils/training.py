@@ -135,10 +135,10 @@ def _drive(runs: dict[str, Run], report: Callable[[], None] | None) -> None:
             recorded = _advance(active)
             rounds += 1
             try:
-                with despite_lost_output():
-                    if recorded:
+                if recorded:
+                    with despite_lost_output():
                         report()
-                    show()
+                show()
             except Exception:  # a figure that cannot be drawn, or a pipe that is closed, must not cost the steps taken
                 if first.accelerator.num_processes == 1:  # several would have to agree to write a checkpoint
                     _save(runs)

@@ -66,8 +66,18 @@ def test_hopeless_and_certain_predictions_do_not_overflow():
 
 
 @pytest.mark.parametrize(
-    "teacher, unigram", [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan")), (1.0, float("inf"))]
+    "teacher, unigram, largest, message",
+    [
+        ([1.0, 2.0], [1.0], 16.0, r"shapes \(2,\) and \(1,\)"),
+        ([], [], 16.0, "at least one"),
+        ([float("nan")], [1.0], 16.0, "infinite or NaN"),
+        ([float("inf")], [1.0], 16.0, "infinite or NaN"),
+        ([1.0], [float("nan")], 16.0, "infinite or NaN"),
+        ([1.0], [float("inf")], 16.0, "infinite or NaN"),
+        ([1.0], [1.0], -1.0, r"got -1\.0"),
+        ([1.0], [1.0], float("inf"), "got inf"),
+    ],
 )
-def test_an_nll_that_is_not_finite_is_an_error(teacher, unigram):
-    with pytest.raises(ValueError, match="infinite or NaN"):
-        choose_distill(torch.tensor([teacher]), torch.tensor([unigram]), 16.0)
+def test_what_cannot_be_compared_is_an_error(teacher, unigram, largest, message):
+    with pytest.raises(ValueError, match=message):
+        choose_distill(torch.tensor(teacher), torch.tensor(unigram), largest)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import copy
 import hashlib
 import html
 import os
@@ -334,9 +333,8 @@ def _is_ours(path: Path) -> bool:
 
 def _save(path: Path, notebook: nbformat.NotebookNode, results: Results) -> None:
     """Write an executed notebook to the folder of runs; one that it must not replace is renamed, and so is its page."""
-    executed = copy.deepcopy(notebook)
-    executed.metadata[ORIGIN] = results.origin
-    if path.exists() and not _may_replace(path, executed, path == results.unfinished):
+    notebook.metadata[ORIGIN] = results.origin
+    if path.exists() and not _may_replace(path, notebook, path == results.unfinished):
         kept = path.rename(free(path, "old"))
         if path == results.notebook and results.page and results.page.exists():
             results.page.rename(free(results.page, "old"))
@@ -344,7 +342,7 @@ def _save(path: Path, notebook: nbformat.NotebookNode, results: Results) -> None
             f"the earlier {path.name} was kept as {kept.name}, since it is of another notebook or profile, "
             "got further, or was edited meanwhile"
         )
-    _write(path, nbformat.writes(executed), record=True)
+    _write(path, nbformat.writes(notebook), record=True)
 
 
 def _may_replace(path: Path, new: nbformat.NotebookNode, unfinished: bool) -> bool:
